@@ -1,0 +1,50 @@
+# Every target sets up what it needs: a virtual environment with the pinned packages and the compiled extension.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.gaitfast-ready
+SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+
+.PHONY: demo test test-gpu gpu-report lint format setup clean
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Torch first, from the constraint: a bare `torch` would pull another version than the extension is built against.
+$(VENV)/.packages: constraints.txt setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	GAITFAST_BUILD=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(STAMP): $(VENV)/.packages $(SOURCES) setup.py
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# The main job in small: synthetic people -> packed dataset -> diffusion pretraining under DeepSpeed -> report.
+SEED ?= 0
+demo: $(STAMP)
+	rm -rf runs/demo
+	$(BIN)/gaitfast walkers runs/demo/walkers --subjects 192 --test-subjects 64 --walks 8 --seed $(SEED)
+	$(BIN)/gaitfast prepare runs/demo/walkers runs/demo/dataset --layout opengait
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed gaitfast/pretrain.py --config configs/pretrain/demo.yaml --set seed=$(SEED)
+	$(BIN)/gaitfast report runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info gaitfast/_C*.so runs/demo

@@ -1,0 +1,133 @@
+"""Checkpoints: DeepSpeed's files inside a folder that is complete or absent, carries its config and checksums.
+
+    RUN/checkpoints/step_00005000/            DeepSpeed's model and optimizer states, one file per rank
+    RUN/checkpoints/step_00005000/manifest.json   step, ranks, config, size and checksum of every file
+
+A checkpoint is written into a hidden folder beside, checksummed, flushed and renamed, so the name alone says that it is
+whole (invariant 8). Nothing but the step has to be restored beside the weights and the optimizer: batches, noise and the
+learning rate are functions of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from gaitfast.config import PretrainConfig, UserError, to_dict
+from gaitfast.engine import files
+from gaitfast.engine.world import World
+from gaitfast.engine.zero import ZeroEngine
+
+FORMAT = 1
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on the disk."""
+
+    path: Path
+    step: int
+    world_size: int
+
+
+def _state_bytes(engine: ZeroEngine) -> int:
+    """Upper bound of what one checkpoint takes: float32 weights and two moments, twice over for the format's overhead."""
+    return 2 * 3 * 4 * sum(p.numel() for p in engine.objective.parameters())
+
+
+def save(
+    engine: ZeroEngine, run: Path, step: int, config: PretrainConfig, world: World, pending_losses: list[float]
+) -> None:
+    """Write the checkpoint of `step` (steps done) and prune old ones. Every rank must call it.
+
+    `pending_losses` are the losses since the last logged step, so that a resumed run logs the same means.
+    """
+    folder = run / "checkpoints"
+    final = folder / f"step_{step:08d}"
+    partial = folder / _PARTIAL
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.require_space(folder, _state_bytes(engine))
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    world.barrier()
+    try:
+        engine.engine.save_checkpoint(
+            str(partial), tag=final.name, client_state={"step": step, "pending_losses": pending_losses}
+        )
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(
+            f"{partial}: the checkpoint could not be written ({error}); the previous one is untouched"
+        ) from None
+    world.barrier()
+    if world.is_main:
+        written = partial / final.name
+        entries = {}
+        for path in sorted(p for p in written.rglob("*") if p.is_file()):
+            files.sync(path)
+            entries[str(path.relative_to(written))] = {"bytes": path.stat().st_size, "blake2b": files.digest(path)}
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": world.size,
+            "zero_stage": config.train.zero_stage,
+            "config": to_dict(config),
+            "files": entries,
+        }
+        files.write_json(written / "manifest.json", manifest)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(written, final)
+        files.sync(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        _prune(folder, config.checkpoint.keep)
+    world.barrier()
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for path in sorted(folder.glob("step_*"))[:-keep]:
+        shutil.rmtree(path)
+
+
+def _inspect(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, or ValueError that says what is wrong with it."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if file.stat().st_size != entry["bytes"] or files.digest(file) != entry["blake2b"]:
+                raise ValueError(f"{name} does not match its checksum")
+        return Checkpoint(path, int(manifest["step"]), int(manifest["world_size"]))
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{error.__class__.__name__}: {error}") from None
+
+
+def newest(run: Path, report: bool = True) -> Checkpoint | None:
+    """The newest good checkpoint of a run, or None. Broken ones are named on stderr and passed over."""
+    for path in sorted((run / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            return _inspect(path)
+        except ValueError as problem:
+            if report:
+                print(f"gaitfast: {path} is broken ({problem}); using an older checkpoint", file=sys.stderr)
+    return None
+
+
+def load(engine: ZeroEngine, checkpoint: Checkpoint, world: World) -> tuple[int, list[float]]:
+    """Restore weights and optimizer; returns the steps done and this rank's losses not yet logged."""
+    if checkpoint.world_size != world.size:
+        raise UserError(
+            f"{checkpoint.path}: written by {checkpoint.world_size} processes, this run has {world.size}; "
+            f"start it with {checkpoint.world_size}, or begin anew in another run folder"
+        )
+    loaded, state = engine.engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    if loaded is None or int(state["step"]) != checkpoint.step:
+        raise UserError(f"{checkpoint.path}: DeepSpeed did not accept it; delete the folder to use an older checkpoint")
+    return checkpoint.step, list(state["pending_losses"])

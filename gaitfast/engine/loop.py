@@ -1,0 +1,106 @@
+"""The training loop: batch, step, log, evaluate, save, stop. What a step computes is passed in."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from gaitfast.config import PretrainConfig, UserError
+from gaitfast.engine.meters import Meters
+from gaitfast.engine.world import World
+from gaitfast.engine.zero import ZeroEngine
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C asks for a clean stop after the step at hand; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._old = {sig: signal.signal(sig, self._handle) for sig in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def restore(self) -> None:
+        for sig, handler in self._old.items():
+            signal.signal(sig, handler)
+
+
+def train(
+    engine: ZeroEngine,
+    batches: Iterator[Any],
+    train_step: Callable[[Any, int], torch.Tensor],
+    *,
+    config: PretrainConfig,
+    world: World,
+    meters: Meters,
+    start: int,
+    evaluate: Callable[[int], None],
+    save: Callable[[int], None],
+    describe: Callable[[int], Sequence[str]],
+) -> int:
+    """Train from step `start` to the config's last; returns the steps done (fewer when asked to stop).
+
+    Args:
+        batches: yields the batch of step start, start + 1, ...
+        train_step: (batch, step) -> detached loss of this rank; does forward, backward and the optimizer step.
+        evaluate: measures at a number of steps done, unless that was already recorded.
+        save: writes the checkpoint of a number of steps done.
+        describe: names of the sequences in the batch of a step, for messages.
+
+    Raises:
+        UserError: a loss was not finite; the step and the sequences of its batch are named, nothing is saved.
+    """
+    iterations, every = config.train.iterations, config.eval.every
+    # Reading the loss of every step is free on a CPU and a synchronization on a GPU, where it waits for the next log.
+    checks_each_step = world.device.type == "cpu"
+    polling = 1 if world.size == 1 else min(10, config.log_every)
+    stop = StopRequest()
+
+    def require_finite(done: int) -> None:
+        bad = meters.first_non_finite(done)
+        if bad is not None:
+            names = ", ".join(describe(bad))
+            raise UserError(
+                f"step {bad}: the loss is not finite; the batch held {names}. Nothing was saved since the last checkpoint; "
+                "lower the learning rates or use train.precision=fp32, and run the same command again"
+            )
+
+    try:
+        if start == 0 or (every and start % every == 0 and start < iterations):
+            with meters.paused():
+                evaluate(start)
+        done = start
+        for step in range(start, iterations):
+            before = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - before
+            lr_denoiser, lr_backbone = engine.set_learning_rate(step)
+            meters.step(train_step(batch, step), waited)
+            done = step + 1
+
+            logging = done % config.log_every == 0 or done == iterations
+            asked = (stop.requested or done - start == config.train.stop_after) and done < iterations
+            stopping = world.any(asked) if done % polling == 0 else False
+            saving = done % config.checkpoint.every == 0 or stopping or done == iterations
+            if checks_each_step or logging or saving:
+                require_finite(done)
+            if logging:
+                meters.log(done, {"lr_denoiser": lr_denoiser, "lr_backbone": lr_backbone})
+            if saving:
+                with meters.paused():
+                    save(done)
+            if stopping:
+                break
+            if every and done % every == 0 and done < iterations:
+                with meters.paused():
+                    evaluate(done)
+        return done
+    finally:
+        stop.restore()
