@@ -1,4 +1,4 @@
-"""The `gaitfast` command. Each subcommand lives in the module that does its work and is imported only when asked for."""
+"""The `gaitfast` command. A subcommand lives in the module that does its work and is imported when asked for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMANDS = {
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """A user's mistake ends the process with one line and exit code 2; Ctrl-C with 130; a programmer's with a traceback."""
+    """A user's mistake ends the process with one line and exit code 2, Ctrl-C with 130, a bug with a traceback."""
     try:
         yield
     except UserError as error:

@@ -126,7 +126,7 @@ class DenoiserConfig:
         _check(
             self.dim >= 32 and self.dim % 32 == 0,
             "denoiser.dim",
-            f"is a multiple of 32 (GroupNorm(32)), got {self.dim}",
+            f"must be a multiple of 32, got {self.dim}",
         )
 
 
@@ -332,7 +332,7 @@ def _override(tree: dict, assignment: str) -> None:
 
 
 def load(cls: type, path: str | Path, overrides: typing.Sequence[str] = ()) -> Any:
-    """Read `cls` from a YAML file and `a.b=c` overrides. UserError for a missing file, bad YAML, an unknown key or value."""
+    """Read `cls` from a YAML file and `a.b=c` overrides. UserError for a missing file, bad YAML, a bad key or value."""
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -382,7 +382,7 @@ def batch_per_rank(train: TrainConfig, world_size: int) -> int:
 
 
 def deepspeed_config(config: PretrainConfig, world_size: int) -> dict:
-    """The dict for `deepspeed.initialize`: ZeRO stage, precision, accumulation; the schedule is ours (engine/zero.py)."""
+    """The dict for `deepspeed.initialize`: ZeRO stage, precision, accumulation; the schedule is in engine/zero.py."""
     train = config.train
     micro = batch_per_rank(train, world_size) // train.accumulation
     precision: dict[str, Any] = {}

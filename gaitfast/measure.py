@@ -20,17 +20,15 @@ from gaitfast.data.reference import ReferenceLoader
 from gaitfast.data.sampling import ordered_frames, unordered_frames
 from gaitfast.diffusion.objective import DiffusionObjective
 from gaitfast.diffusion.probe import condition_losses
-from gaitfast.engine.embed import embed
+from gaitfast.engine.embed import CUT, embed
 from gaitfast.engine.world import World
 from gaitfast.retrieval import protocols
 
-CUT = slice(10, 54)
-"""Columns of a 64-pixel frame that the backbones see."""
 _PAIRS = 256
 
 
 class HeldOut:
-    """Fixed clips of test people for the direct measure: each with a condition of its own walk, another, and another person.
+    """Fixed clips of test people for the direct measure, each with its three conditions.
 
     Both walks of a person and the stranger's walk are picked at random once, so that nothing but identity tells
     `same` from `other`. All arrays are uint8 frames; N people, T frames.

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gaitfast.data.pipeline import augmentation_sheet
+from gaitfast.data.reference import augmentation_sheet
 from gaitfast.diffusion import NoiseSchedule
 from gaitfast.diffusion.objective import DiffusionObjective
 from gaitfast.diffusion.sampler import ddim_sample, predict_latents, predict_noise
@@ -38,8 +38,8 @@ def write_pictures(
 ) -> None:
     """Write RUN/pictures.safetensors from the held-out clips of the evaluation.
 
-    Names and shapes: augment.* and autoencoder.frames, .decoded uint8 (K, 64, 64), autoencoder.latents float32 (K, 4, 8, 8);
-    samples.target, .generated, .denoised, .noised uint8 (M, T, 64, 64), samples.condition uint8 (M, T, 64, 44).
+    augment.* and autoencoder.frames, .decoded are uint8 (K, 64, 64), autoencoder.latents is float32 (K, 4, 8, 8);
+    samples.target, .generated, .denoised, .noised are uint8 (M, T, 64, 64), samples.condition is uint8 (M, T, 64, 44).
     """
     held, device = measures.held_out, measures.world.device
     clips = torch.from_numpy(held.clip[:_COUNT])
@@ -76,5 +76,5 @@ def write_pictures(
             ddim_sample(objective.denoiser, schedule, noise, condition, steps=_STEPS, guidance=_GUIDANCE)
         ),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     files.write_atomically(path, lambda temporary: save_file(tensors, temporary))

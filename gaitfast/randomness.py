@@ -1,4 +1,4 @@
-"""All randomness of the engine: counter-based (Philox-4x32-10), so a number depends on what it is for and on nothing else.
+"""All randomness of the engine, counter-based (Philox-4x32-10): a number depends on its purpose and on nothing else.
 
 A draw is addressed by (seed, purpose, step, sample, index) and is the same in NumPy and in PyTorch, on any device, for
 any number of workers or ranks, and after any restart: resume is a number, not a replay (invariant 1).
@@ -19,7 +19,7 @@ _MASK = 0xFFFFFFFF
 
 
 def _philox(counter, key0, key1, mul_hi_lo):
-    """Ten rounds over four 32-bit counter words and two 32-bit key words; `mul_hi_lo(constant, word)` -> (high, low)."""
+    """Ten rounds over four 32-bit counter words and two key words; `mul_hi_lo(constant, word)` -> (high, low)."""
     c0, c1, c2, c3 = counter
     for round_ in range(10):
         if round_:

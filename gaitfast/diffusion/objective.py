@@ -76,6 +76,6 @@ class DiffusionObjective(nn.Module):
         timestep: torch.Tensor,
         drop: torch.Tensor,
     ) -> torch.Tensor:
-        """The weighted loss, a scalar: mean over the batch of w(t) ||eps - D(E(s_E)_t, t, G(s_G)_pooled)||^2 (eq. 4)."""
+        """The weighted loss, a scalar: mean over the batch of w(t) |eps - D(E(s_E)_t, t, pooled G(s_G))|^2 (eq. 4)."""
         errors = self.errors(latents, noise, timestep, self.condition(silhouettes), drop)
         return (self.weights[timestep] * errors).mean()

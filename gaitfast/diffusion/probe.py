@@ -1,9 +1,9 @@
 """What pretraining has learnt, measured directly: how much each condition helps on held-out people.
 
 The denoising loss is taken at fixed noise and fixed timesteps on clips of people that were never trained on, with the
-condition from another clip of the same walk (`self`), from another walk of the same person (`same`), from another person
-(`other`), or dropped (`null`). `other - same` is the identity that the feature carries. Everything but the condition is
-the same in the four, so differences far below the spread of the loss itself can be seen.
+condition from another clip of the same walk (`self`), from another walk of the same person (`same`), from another
+person (`other`), or dropped (`null`). `other - same` is the identity that the feature carries. Everything but the
+condition is the same in the four, so differences far below the spread of the loss itself can be seen.
 """
 
 from __future__ import annotations

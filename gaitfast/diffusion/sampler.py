@@ -1,8 +1,9 @@
-"""Deterministic DDIM sampling with classifier-free guidance (Song et al. 2020, eta = 0; Ho & Salimans 2022), for figures."""
+"""Deterministic DDIM sampling with guidance, for figures (Song et al. 2020, eta = 0; Ho & Salimans 2022)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -55,7 +56,7 @@ def ddim_sample(
     start = schedule.timesteps if start is None else start
     path = torch.linspace(start, 0, steps + 1).round().to(torch.int64).tolist()
     latents = noise.float()
-    for now, after in zip(path[:-1], path[1:]):
+    for now, after in pairwise(path):
         timestep = torch.full((len(latents),), now, dtype=torch.int64, device=latents.device)
         predicted = predict_noise(denoiser, latents, timestep, condition, guidance).float()
         alpha_now, alpha_after = float(schedule.alpha_bar[now]), float(schedule.alpha_bar[after])

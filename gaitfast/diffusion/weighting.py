@@ -13,8 +13,8 @@ def loss_weights(
     """Weight of the squared error at each timestep.
 
     `min_snr` is min(1, gamma / SNR) (Hang et al. 2023, for the epsilon objective): it takes weight from low noise.
-    `mnp`, the paper's medium-level noise prioritization, takes weight from high noise as well. The paper gives no formula;
-    this is Min-SNR mirrored, min(1, gamma / SNR) * min(1, gamma * SNR), which for gamma >= 1 is
+    `mnp`, the paper's medium-level noise prioritization, takes weight from high noise as well. The paper gives no
+    formula; this is Min-SNR mirrored, min(1, gamma / SNR) * min(1, gamma * SNR), which for gamma >= 1 is
     min(1, gamma * exp(-|log SNR|)): symmetric in the log of the signal-to-noise ratio and 1 in its middle.
     `uniform` is 1.
 

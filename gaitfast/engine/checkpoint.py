@@ -3,9 +3,9 @@
     RUN/checkpoints/step_00005000/            DeepSpeed's model and optimizer states, one file per rank
     RUN/checkpoints/step_00005000/manifest.json   step, ranks, config, size and checksum of every file
 
-A checkpoint is written into a hidden folder beside, checksummed, flushed and renamed, so the name alone says that it is
-whole (invariant 8). Nothing but the step has to be restored beside the weights and the optimizer: batches, noise and the
-learning rate are functions of the step.
+A checkpoint is written into a hidden folder beside, checksummed, flushed and renamed, so the name alone says that it
+is whole (invariant 8). Nothing but the step has to be restored beside the weights and the optimizer: batches, noise and
+the learning rate are functions of the step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Checkpoint:
 
 
 def _state_bytes(engine: ZeroEngine) -> int:
-    """Upper bound of what one checkpoint takes: float32 weights and two moments, twice over for the format's overhead."""
+    """Upper bound of a checkpoint: float32 weights and two moments, twice over for what the format adds."""
     return 2 * 3 * 4 * sum(p.numel() for p in engine.objective.parameters())
 
 
@@ -57,9 +57,8 @@ def save(
         partial.mkdir()
     world.barrier()
     try:
-        engine.engine.save_checkpoint(
-            str(partial), tag=final.name, client_state={"step": step, "pending_losses": pending_losses}
-        )
+        state = {"step": step, "pending_losses": pending_losses}
+        engine.engine.save_checkpoint(str(partial), tag=final.name, client_state=state)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise UserError(
             f"{partial}: the checkpoint could not be written ({error}); the previous one is untouched"

@@ -68,7 +68,7 @@ def train(
         if bad is not None:
             names = ", ".join(describe(bad))
             raise UserError(
-                f"step {bad}: the loss is not finite; the batch held {names}. Nothing was saved since the last checkpoint; "
+                f"step {bad}: the loss is not finite; the batch held {names}. The last checkpoint is untouched; "
                 "lower the learning rates or use train.precision=fp32, and run the same command again"
             )
 

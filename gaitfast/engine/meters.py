@@ -62,7 +62,7 @@ class Records:
 
 
 class Meters:
-    """Losses and times of the steps since the last logged one; the device is read only when they are logged (invariant 6)."""
+    """Losses and times since the last logged step; the device is read only when they are logged (invariant 6)."""
 
     def __init__(
         self, run: Path, world: World, *, start: int, iterations: int, log_every: int, batch: int, losses: list[float]
@@ -118,7 +118,7 @@ class Meters:
         self.bar.update()
 
     def first_non_finite(self, done: int) -> int | None:
-        """The 0-based step of the first non-finite loss since the last logged step, given `done` steps; synchronizes."""
+        """The 0-based step of the first non-finite loss since the last log, after `done` steps; synchronizes."""
         if not self._losses:
             return None
         finite = torch.isfinite(torch.stack(self._losses)).tolist()

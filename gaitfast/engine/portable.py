@@ -65,7 +65,7 @@ def load_backbone(path: str | Path, build: Callable[[dict[str, Any]], nn.Module]
     try:
         with safe_open(path, framework="pt") as file:
             text = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     if text.get("format") != FORMAT:

@@ -7,7 +7,7 @@ from torch import nn
 from gaitfast.diffusion import NoiseSchedule, loss_weights
 from gaitfast.diffusion.objective import DiffusionObjective, pool_feature
 from gaitfast.diffusion.probe import condition_losses
-from gaitfast.diffusion.sampler import ddim_sample, predict_latents
+from gaitfast.diffusion.sampler import ddim_sample, predict_latents, predict_noise
 from gaitfast.diffusion.schedule import add_noise
 
 
@@ -123,14 +123,11 @@ def test_ddim_recovers_the_latents_from_a_perfect_denoiser():
 
 
 def test_guidance_mixes_null_and_condition():
-    schedule = NoiseSchedule()
     seen = []
 
     def denoiser(latents, timestep, condition, drop_condition=None):
         seen.append(drop_condition is not None)
         return torch.full_like(latents, 0.0 if drop_condition is not None else 1.0)
-
-    from gaitfast.diffusion.sampler import predict_noise
 
     latents = torch.zeros(1, 4, 1, 8, 8)
     assert predict_noise(denoiser, latents, torch.tensor([500]), torch.zeros(1, 1), 3.0).unique().tolist() == [3.0]

@@ -69,7 +69,11 @@ def test_inverted_cosine_inverts_the_cosine():
 
 @pytest.mark.parametrize(
     ("gamma", "mean", "first", "last_but_one"),
-    [(1, 0.509, 0.0207, 0.0125), (2, 0.788, 0.0414, 0.0249), (5, 0.948, 0.104, 0.062)],
+    [
+        (1, 0.509, 0.0207, 0.0125),
+        (2, 0.788, 0.0414, 0.0249),
+        (5, 0.948, 0.104, 0.062),
+    ],
 )
 def test_golden_mnp(gamma, mean, first, last_but_one):
     weights = loss_weights(NoiseSchedule(), "mnp", gamma)

@@ -1,0 +1,1 @@
+"""Silhouettes in: synthetic walkers, foreign layouts, the packed dataset, sampling, augmentation and the DALI pipeline."""

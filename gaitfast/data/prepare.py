@@ -1,0 +1,190 @@
+"""`gaitfast prepare`: a foreign layout in, a packed dataset out; or a packed dataset checked."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from gaitfast.config import UserError
+from gaitfast.data import packing, usf17
+from gaitfast.data.packed import PackedDataset
+from gaitfast.data.partition import Partition
+from gaitfast.data.sources import OpenGaitTree, PngTree, Problem
+
+PROTOCOLS = ("gait3d", "grew", "casia-b", "ou-mvlp", "usf17", "walkers", "none")
+PUBLISHED_SUBJECTS = {
+    "gait3d": (3000, 1000),
+    "grew": (20000, 6001),
+    "casia-b": (74, 50),
+    "ou-mvlp": (5153, 5154),
+}
+"""Subjects in TRAIN_SET and TEST_SET of the partitions that OpenGait ships; GREW's 6001 counts the folder `probe`."""
+SHORT = 5
+"""OpenGait warns of sequences with fewer frames."""
+SHOWN = 20
+"""Problems that are printed; problems.json has them all."""
+CLEAN, WITH_PROBLEMS, INTERRUPTED = 0, 3, 130
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = "Pack silhouettes into a dataset that trains fast, or check one."
+    parser.epilog = "Exit code: 0 clean, 2 a mistake, 3 written (or checked) with problems."
+    parser.add_argument("source", nargs="?", metavar="SRC", help="folder of the foreign dataset")
+    parser.add_argument("out", nargs="?", metavar="OUT", help="folder of the packed dataset, which must not exist")
+    parser.add_argument("--layout", choices=("opengait", "png", "usf17"), help="how SRC is laid out")
+    parser.add_argument(
+        "--partition", metavar="FILE", help="OpenGait's partition JSON (TRAIN_SET, TEST_SET, PROBE_SET)"
+    )
+    parser.add_argument("--name", help="name of the dataset; default: the partition's, else the folder's")
+    parser.add_argument(
+        "--protocol", choices=PROTOCOLS, help="how it is evaluated; default: the one its name stands for"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="W", help="processes; default: one per core")
+    parser.add_argument(
+        "--modality", type=int, metavar="I", help="opengait: which of a folder's pickles, sorted by name"
+    )
+    parser.add_argument("--as-read", action="store_true", help="png: pictures are normalised to 64x64 already")
+    parser.add_argument("--verify", metavar="DATASET", help="instead: check every byte of a packed dataset")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code. UserError for a mistake."""
+    if args.verify:
+        if args.source or args.layout:
+            raise UserError("--verify: takes a packed dataset alone; drop SRC, OUT and --layout")
+        return _verify(Path(args.verify))
+    if not (args.source and args.out and args.layout):
+        raise UserError("prepare: write `gaitfast prepare SRC OUT --layout opengait|png|usf17`, or --verify DATASET")
+    job, listing = _job(args)
+    print(f"{len(listing.entries):,} sequences found in {args.source}")
+    started = time.perf_counter()
+    try:
+        with _progress_bar(len(listing.entries)) as progress:
+            dataset, problems = packing.pack(job, listing, progress, tqdm.write)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command resumes in {job.out}.partial", file=sys.stderr)
+        return INTERRUPTED
+    _summary(dataset, time.perf_counter() - started)
+    return _report(problems, f"; all of them in {job.out / 'problems.json'}")
+
+
+def _job(args: argparse.Namespace) -> tuple[packing.Job, packing.Listing]:
+    """What to do, and the list of the source."""
+    source, out = Path(os.path.realpath(args.source)), Path(os.path.abspath(args.out))
+    if not source.is_dir():
+        raise UserError(f"{args.source}: no such folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{args.out}: already exists; remove it or choose another folder")
+    if args.workers < 0:
+        raise UserError(f"--workers: must be positive, got {args.workers}")
+    if args.modality is not None and (args.layout != "opengait" or args.modality < 0):
+        raise UserError("--modality: is a number from 0, for --layout opengait")
+    if args.as_read and args.layout != "png":
+        raise UserError("--as-read: is for --layout png")
+
+    ours = ""  # the dataset, where the layout tells
+    partition_file = args.partition
+    reader: packing.Source
+    if args.layout == "usf17":
+        ours, reader = "usf17", usf17.UsfRelease(source)
+    elif args.layout == "png":
+        reader = PngTree(source, args.as_read)
+    elif (source / "sequences").is_dir() and (source / "partition.json").is_file():
+        ours, reader = "walkers", OpenGaitTree(source / "sequences", args.modality)
+        partition_file = partition_file or source / "partition.json"
+    else:
+        reader = OpenGaitTree(source, args.modality)
+    partition = Partition.load(partition_file) if partition_file else None
+    listing = reader.scan()
+    if not listing.entries and not listing.problems:
+        raise UserError(f"{args.source}: holds no sequence in the layout {args.layout}")
+    if args.layout == "usf17" and partition is None and listing.entries:
+        partition = Partition.parse(usf17.partition(listing.entries), "the built-in partition")
+
+    names = [ours, args.name, partition and partition.dataset, source.name]
+    protocol = args.protocol or next((p for p in map(protocol_of, filter(None, names)) if p != "none"), "none")
+    name = args.name or next(filter(None, names))
+    workers = args.workers or len(os.sched_getaffinity(0))
+    return packing.Job(reader, out, name, protocol, partition, workers), listing
+
+
+def protocol_of(name: str) -> str:
+    """The protocol that a dataset's name stands for, whatever its case, hyphens and underscores; else `none`."""
+
+    def plain(text: str) -> str:
+        return text.lower().replace("-", "").replace("_", "")
+
+    return next((protocol for protocol in PROTOCOLS if plain(protocol) == plain(name)), "none")
+
+
+@contextmanager
+def _progress_bar(sequences: int) -> Iterator[packing.Progress]:
+    with tqdm(total=sequences, unit=" sequences", dynamic_ncols=True, disable=None) as bar:
+        started, frames = time.perf_counter(), 0
+
+        def progress(done: int, new_frames: int) -> None:
+            nonlocal frames
+            frames += new_frames
+            bar.set_postfix_str(f"{frames / (time.perf_counter() - started):,.0f} frames/s", refresh=False)
+            bar.update(done)
+
+        yield progress
+
+
+def _summary(dataset: PackedDataset, seconds: float) -> None:
+    size = sum(path.stat().st_size for path in dataset.path.iterdir())
+    ratio = dataset.num_frames * 4096 / size
+    print(
+        f"{dataset.path}: {dataset.name} (protocol {dataset.protocol}), {len(dataset.subjects):,} subjects, "
+        f"{dataset.num_sequences:,} sequences, {dataset.num_frames:,} frames in {size / 2**20:,.1f} MiB "
+        f"({ratio:.1f}x smaller), {seconds:.1f} s"
+    )
+    if short := int(np.count_nonzero(dataset.lengths < SHORT)):
+        print(f"note: {short:,} sequences have fewer than {SHORT} frames")
+    facts = dataset.facts["partition"]
+    if facts is None:
+        print("note: no partition: every sequence is for training, and there is nothing to test on")
+        return
+    print(f"train {facts['train']:,}, test {facts['test']:,}, of these probe {facts['probe']:,} sequences")
+    for key, what in (
+        ("missing_subjects", "subjects of the partition have no sequence"),
+        ("missing_probes", "probes of the partition have no sequence"),
+        ("unlisted_sequences", "sequences are of subjects that the partition does not list"),
+    ):
+        if facts[key]:
+            print(f"note: {facts[key]:,} {what}")
+    found = (facts["train_subjects"], facts["test_subjects"])
+    if (published := PUBLISHED_SUBJECTS.get(dataset.protocol, found)) != found:
+        print(f"note: {dataset.protocol} has {published[0]} train and {published[1]} test subjects, this set {found}")
+
+
+def _report(problems: list[Problem], where: str) -> int:
+    if not problems:
+        return CLEAN
+    print(f"{len(problems):,} problems{where}", file=sys.stderr)
+    for problem in problems[:SHOWN]:
+        print(f"  {problem.path}: {problem.reason}", file=sys.stderr)
+    if len(problems) > SHOWN:
+        print(f"  ... and {len(problems) - SHOWN:,} more", file=sys.stderr)
+    return WITH_PROBLEMS
+
+
+def _verify(path: Path) -> int:
+    dataset = PackedDataset.open(path)
+    started, problems = time.perf_counter(), 0
+    for line in dataset.verify():
+        problems += 1
+        print(line, file=sys.stderr)
+    state = f"{problems:,} problems" if problems else "sound"
+    seconds = time.perf_counter() - started
+    print(f"{path}: {state}; {dataset.num_sequences:,} sequences, {dataset.num_frames:,} frames, {seconds:.1f} s")
+    return WITH_PROBLEMS if problems else CLEAN

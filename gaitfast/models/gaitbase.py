@@ -1,0 +1,61 @@
+"""GaitBase (Fan et al., CVPR 2023): a residual network of nine layers, set pooling, 16 horizontal parts."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gaitfast.models.parts import Backbone, Head, Lengths, fold_frames, pool_set, pool_strips, scale_channels
+
+PARTS = 16
+STAGES = ((64, 1), (128, 2), (256, 2), (512, 1))
+"""Channels and stride of the four residual blocks."""
+CHANNELS = dict.fromkeys(("gait3d", "grew", "casia-b", "ou-mvlp"), STAGES)
+
+
+class ResidualBlock(nn.Module):
+    """relu(x' + norm(conv(relu(norm(conv(x)))))), where x' is x, projected when its shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.project = None
+        if stride != 1 or in_channels != channels:
+            self.project = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        out = self.norm2(self.conv2(out))
+        return F.relu(out + (x if self.project is None else self.project(x)), inplace=True)
+
+
+class GaitBase(Backbone):
+    """Features (N, C, 16). The batch norms see all frames of all clips."""
+
+    def __init__(self, stages: tuple[tuple[int, int], ...]) -> None:
+        super().__init__()
+        channels = stages[0][0]
+        self.conv = nn.Conv2d(1, channels, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.blocks = nn.ModuleList()
+        for out_channels, stride in stages:
+            self.blocks.append(ResidualBlock(channels, out_channels, stride))
+            channels = out_channels
+        self.feature_channels = channels
+        self.feature_parts = PARTS
+
+    def extract(self, silhouettes: Tensor, lengths: Lengths) -> Tensor:
+        x = F.relu(self.norm(self.conv(fold_frames(silhouettes))), inplace=True)
+        for block in self.blocks:
+            x = block(x)
+        return pool_strips(pool_set(x, lengths), (PARTS,))
+
+
+def build(variant: str, num_classes: int | None, width: float) -> tuple[GaitBase, Head]:
+    backbone = GaitBase(tuple((scale_channels(c, width), stride) for c, stride in CHANNELS[variant]))
+    return backbone, Head(PARTS, backbone.feature_channels, scale_channels(256, width), num_classes)
