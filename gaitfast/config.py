@@ -219,8 +219,8 @@ class EvalConfig:
     """Dataset to evaluate on; empty: the one trained on."""
     protocol: str = "auto"
     """A protocol of `gaitfast rank`; auto: the one that the dataset names."""
-    condition_subjects: int = 64
-    """Held-out subjects in the direct measure loss_self, loss_same, loss_other, loss_null."""
+    condition_clips: int = 256
+    """Held-out clips in the direct measure loss_self, loss_same, loss_other, loss_null."""
     condition_timesteps: int = 8
     """Fixed timesteps per clip of that measure, spread over 1..1000."""
     frames_limit: int = 720
@@ -228,7 +228,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _check(self.every >= 0, "eval.every", "must not be negative")
-        _check(self.condition_subjects >= 2, "eval.condition_subjects", "needs at least 2 subjects")
+        _check(self.condition_clips >= 1, "eval.condition_clips", "must be positive")
         _check(self.condition_timesteps >= 1, "eval.condition_timesteps", "must be positive")
         _check(self.frames_limit >= 1, "eval.frames_limit", "must be positive")
 

@@ -79,9 +79,6 @@ class Check:
     remedy: str = ""
 
 
-# --- software -------------------------------------------------------------------------------------------------------
-
-
 def _release(version: str) -> tuple[int, ...]:
     """2.13.0+cpu -> (2, 13, 0)."""
     found = re.match(r"\d+(?:\.\d+)*", version)
@@ -141,9 +138,6 @@ def _torch() -> tuple[Any, str]:
         return importlib.import_module("torch"), ""
     except Exception as error:  # a broken installation raises whatever it likes
         return None, f"{error.__class__.__name__}: {error}"
-
-
-# --- machine ----------------------------------------------------------------------------------------------------------
 
 
 def _read(path: str) -> str:
@@ -224,9 +218,6 @@ def _accelerators(torch: Any) -> list[Check]:
         )
         return [Check("gpu", CHECK, f"an NVIDIA driver is here, but {why}", remedy)]
     return [Check("gpu", OPTIONAL, "none: everything runs on the CPU, small runs only")]
-
-
-# --- what runs where --------------------------------------------------------------------------------------------------
 
 
 def _stale(library: Path) -> bool:
@@ -327,9 +318,6 @@ def _files() -> list[Check]:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     absent = Check("chromium", OPTIONAL, "absent; a test looks at the report with it", "apt-get install chromium")
     return [*checks, Check("chromium", OK, browser) if browser else absent]
-
-
-# --- the examination --------------------------------------------------------------------------------------------------
 
 
 def examine(thorough: bool = False) -> dict[str, list[Check]]:

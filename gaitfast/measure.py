@@ -28,35 +28,16 @@ _PAIRS = 256
 
 
 class HeldOut:
-    """Fixed clips of test people for the direct measure, each with its three conditions.
+    """Fixed clips of test people for the direct measure, each with its three conditions, as uint8 frames.
 
-    Both walks of a person and the stranger's walk are picked at random once, so that nothing but identity tells
-    `same` from `other`. All arrays are uint8 frames; N people, T frames.
+    `same` is another walk of the person and `other` a walk of another person, both past the camera of the clip where
+    the dataset has such walks: what a feature says about the viewpoint then cannot pass for identity.
     """
 
     def __init__(self, dataset: PackedDataset, config: PretrainConfig, sampling: tuple[str, int]):
-        test = dataset.split("test")
-        subjects = [test[dataset.subject[test] == code] for code in np.unique(dataset.subject[test])]
-        subjects = [sequences for sequences in subjects if len(sequences) >= 2]
-        if len(subjects) < 2:
-            raise UserError(
-                f"eval.path: {dataset.path} holds {len(subjects)} test people with two walks or more; "
-                "the evaluation needs at least 2"
-            )
-        people = randomness.permutation(config.seed, "held-out people", 0, len(subjects))
-        people = people[: config.eval.condition_subjects]
-        draws = randomness.uniform(config.seed, "held-out walks", 0, np.arange(len(people)), 2)
-        clip, same = [], []
-        for person, (first, second) in zip(people, draws):
-            sequences = subjects[person]
-            a = int(first * len(sequences))
-            b = (a + 1 + int(second * (len(sequences) - 1))) % len(sequences)
-            clip.append(sequences[a])
-            same.append(sequences[b])
-        self.clip_walk, self.same_walk = np.array(clip), np.array(same)
-        self.other_walk = np.roll(self.same_walk, 1)  # the next person's walk, so `same` and `other` are the same walks
+        self.clip_walk, self.same_walk, self.other_walk = _walks(dataset, config)
         frames = config.data.frames
-        rows = np.arange(len(people))
+        rows = np.arange(len(self.clip_walk))
 
         def clips(walks: np.ndarray, purpose: str, rule: str, skip: int) -> np.ndarray:
             address = {"seed": config.seed, "purpose": purpose, "step": 0, "sample": rows}
@@ -71,7 +52,31 @@ class HeldOut:
             "self": clips(self.clip_walk, "held-out self", *sampling)[..., CUT],
             "same": clips(self.same_walk, "held-out same", *sampling)[..., CUT],
         }
-        self.conditions["other"] = np.roll(self.conditions["same"], 1, axis=0)
+        self.conditions["other"] = clips(self.other_walk, "held-out other", *sampling)[..., CUT]
+
+
+def _walks(dataset: PackedDataset, config: PretrainConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sequence numbers of the clips, of the same person's other walks, and of other people's walks, int64 (N,) each."""
+    test = dataset.split("test")
+    subject, view = dataset.subject[test], dataset.view[test]
+    draws = randomness.uniform(config.seed, "held-out walks", 0, np.arange(len(test)), 2)
+    rows, matched = [], []
+    for i in range(len(test)):
+        own = subject == subject[i]
+        own_walks, other_walks = own & (np.arange(len(test)) != i), ~own
+        if not own_walks.any() or not other_walks.any():
+            continue
+        pick, here = [], view == view[i]
+        for candidates, draw in zip((own_walks, other_walks), draws[i]):
+            pool = np.flatnonzero(candidates & here if (candidates & here).any() else candidates)
+            pick.append(pool[int(draw * len(pool))])
+        rows.append((i, *pick))
+        matched.append(all(here[pick]))
+    if not rows:
+        raise UserError(f"eval: {dataset.path} holds no test person with two walks; the evaluation needs some")
+    order = randomness.permutation(config.seed, "held-out clips", 0, len(rows))
+    order = order[np.argsort(~np.array(matched)[order], kind="stable")][: config.eval.condition_clips]
+    return tuple(test[column] for column in np.array(rows)[order].T)
 
 
 class Measures:

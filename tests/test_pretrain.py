@@ -20,7 +20,7 @@ backbone: {{name: smplgait, variant: gait3d, width: 0.125}}
 denoiser: {{dim: 32}}
 optimizer: {{warmup: 4}}
 train: {{iterations: 40, batch: 4, precision: fp32}}
-eval: {{every: 20, condition_subjects: 4, condition_timesteps: 2}}
+eval: {{every: 20, condition_clips: 4, condition_timesteps: 2}}
 checkpoint: {{every: 20, keep: 2}}
 log_every: 1
 """

@@ -1,1 +1,1 @@
-"""Silhouettes in: synthetic walkers, foreign layouts, the packed dataset, sampling, augmentation and the DALI pipeline."""
+"""Silhouettes in: walkers, foreign layouts, the packed dataset, sampling, augmentation and the DALI pipeline."""

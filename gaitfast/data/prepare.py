@@ -172,10 +172,15 @@ def _report(problems: list[Problem], where: str) -> int:
         return CLEAN
     print(f"{len(problems):,} problems{where}", file=sys.stderr)
     for problem in problems[:SHOWN]:
-        print(f"  {problem.path}: {problem.reason}", file=sys.stderr)
+        print(f"  {_printable(problem.path)}: {problem.reason}", file=sys.stderr)
     if len(problems) > SHOWN:
         print(f"  ... and {len(problems) - SHOWN:,} more", file=sys.stderr)
     return WITH_PROBLEMS
+
+
+def _printable(path: str) -> str:
+    """A file's name may hold anything: escape sequences for the terminal, half a surrogate pair."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
 
 
 def _verify(path: Path) -> int:

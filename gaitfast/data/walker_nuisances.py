@@ -76,7 +76,7 @@ STRENGTHS = {
 
 @dataclass(frozen=True)
 class Journey:
-    """Per frame: strides walked (T,), heading (T,) in radians, position (T, 2) in strides; both 0 in mid-walk."""
+    """Per frame: strides walked (T,); heading (T,) in radians and position (T, 2) in strides, both 0 in mid-walk."""
 
     strides: np.ndarray
     heading: np.ndarray

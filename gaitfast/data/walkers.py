@@ -45,17 +45,28 @@ class Plan:
     frames: tuple[int, int]
     """Shortest and longest walk, both included."""
     nuisances: str
+    cameras: int
+    """Fixed cameras that everyone walks past in turn; 0: another random one for each walk."""
+
+
+def _camera(plan: Plan, walk: int, draws: Draws) -> tuple[int, float]:
+    """(azimuth in whole degrees, height in metres) of the camera of a walk."""
+    azimuth, height = int(draws.between(0, 360)), draws.between(0.8, 4.4)
+    if plan.cameras:
+        camera = walk % plan.cameras
+        azimuth, height = 360 * camera // plan.cameras, 1.0 + camera % 3
+    return azimuth, height
 
 
 def _layout(plan: Plan, subject: int) -> list[tuple[str, str, Walk]]:
-    """(type, view, walk) of every walk of a subject: random cameras; nm, bg, cl in turn from a random one on."""
+    """(type, view, walk) of every walk of a subject; nm, bg, cl in turn from a random one on."""
     draws = Draws(plan.seed, "walker-layout", 0, subject, 3 * plan.walks + 1)
     turn, seen, walks = draws.choice((0, 1, 2)), dict.fromkeys(CONDITIONS, 0), []
     low, high = plan.frames
     for number in range(plan.walks):
         condition = CONDITIONS[(turn + number) % 3]
         seen[condition] += 1
-        azimuth, height = int(draws.between(0, 360)), draws.between(0.8, 4.4)
+        azimuth, height = _camera(plan, number, draws)
         frames = int(draws.between(low, high + 1))
         walk = sample_walk(
             plan.seed,
@@ -133,18 +144,21 @@ def generate(
     nuisances: str = "none",
     workers: int = 0,
     progress: bool = False,
+    cameras: int = 0,
 ) -> int:
     """Write OUT/sequences/<id>/<type>/<view>/<view>.pkl and OUT/partition.json. Returns the number of frames.
 
-    `frames`: the shortest and the longest walk. One walk of each test subject is a probe, the others are gallery
-    (Gait3D's protocol). `workers` 0 takes all cores; the files do not depend on it. partition.json comes last: a tree
-    without it is not complete. Raises UserError if OUT holds anything else, and if it cannot be written (disk full).
+    `frames`: the shortest and the longest walk. `cameras`: so many fixed ones, evenly around, that everyone passes in
+    turn; 0: another random one for each walk, as in the wild. One walk of each test subject is a probe, the others are
+    gallery (Gait3D's protocol). `workers` 0 takes all cores; the files do not depend on it. partition.json comes last:
+    a tree without it is not complete. Raises UserError if OUT holds anything else, and if it cannot be written (disk full).
     """
     for option, value, least in (
         ("--subjects", subjects, 1),
         ("--test-subjects", test_subjects, 0),
         ("--walks", walks_per_subject, 2),
         ("--workers", workers, 0),
+        ("--cameras", cameras, 0),
     ):
         if value < least:
             raise UserError(f"{option}: must be at least {least}, got {value}")
@@ -162,6 +176,7 @@ def generate(
         walks=walks_per_subject,
         frames=(low, high),
         nuisances=nuisances,
+        cameras=cameras,
     )
     out, total = Path(out), subjects + test_subjects
     digits = max(4, len(str(total - 1)))
@@ -201,6 +216,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames", type=int, nargs=2, default=(40, 80), metavar=("LOW", "HIGH"), help="length of a walk"
     )
+    parser.add_argument(
+        "--cameras", type=int, default=0, help="fixed cameras that everyone passes in turn; 0: a random one a walk"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--nuisances", choices=NUISANCES, default="mild", help="what goes wrong (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
@@ -225,6 +243,7 @@ def main(args: argparse.Namespace) -> int:
             args.nuisances,
             args.workers,
             progress=True,
+            cameras=args.cameras,
         )
         rate = frames / (time.perf_counter() - started)
         people = f"{args.subjects} + {args.test_subjects} people"

@@ -130,13 +130,20 @@ def conditions(run: Run, theme: Theme) -> Figure | None:
         series = run.evaluations.series(f"loss_{key}")
         if series is not None:
             line(axes, series.steps, series.values, colour, linestyle=style)
-            labels.append((series.last, f"{key} {digits(series.last, 4)}", colour))
+            labels.append((series.last, key, colour))
             steps.append(series.steps)
     if not labels:
         return None
     finish(axes, np.concatenate(steps))
-    label_ends(axes, labels)
+    count = _digits_apart([value for value, _, _ in labels])
+    label_ends(axes, [(value, f"{key} {digits(value, count)}", colour) for value, key, colour in labels])
     return figure
+
+
+def _digits_apart(values: list[float]) -> int:
+    """Significant digits, 4 to 7, with which different values look different."""
+    apart = (count for count in range(4, 7) if len({digits(v, count) for v in values}) == len(set(values)))
+    return next(apart, 7)
 
 
 def identity_carried(run: Run, theme: Theme) -> Figure | None:
@@ -188,7 +195,7 @@ CURVES = {
             "loss",
             "Denoising loss in training",
             loss,
-            "The weighted noise-prediction loss at each logged step (pale) and its running mean (dark).",
+            "The weighted noise-prediction loss at the logged steps; of many (pale) also the running mean (dark).",
             "metrics.jsonl: loss",
         ),
         Curve(
@@ -226,8 +233,8 @@ CURVES = {
             "identity",
             "Identity that the feature carries",
             identity_carried,
-            "How much worse denoising gets when the condition comes from another person: above zero, the feature tells"
-            " people apart.",
+            "How much worse denoising gets when the condition comes from another person; it grows as the feature"
+            " comes to tell people apart.",
             "evaluations.jsonl: loss_other, loss_same",
         ),
         Curve(

@@ -38,6 +38,13 @@ class Change:
         scale = max(abs(end) for end in (self.first, self.last, 0.0) if end is not None)
         return f"{digits(100 * value, 2, 100 * scale)}%" if self.kind == "share" else digits(value, 3, scale)
 
+    def verb(self, verbs: tuple[str, str, str], still: float) -> str:
+        """How a known change went: up, down or, below `still`, neither: "rose from 1 to 2", "stayed at 1"."""
+        up, down, same = verbs
+        if abs(self.difference) < still:
+            return f"{same} at {self.text(self.last)}"
+        return f"{up if self.difference > 0 else down} from {self.text(self.first)} to {self.text(self.last)}"
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -54,16 +61,18 @@ class Headline:
         parts = []
         rank1, gap, identity = self.rank1, self.gap, self.identity
         if rank1.difference is not None:
-            verb = _verb(rank1.difference, 0.05, ("rose", "fell", "stayed"))
-            parts.append(f"rank-1 on unseen people {verb} from {rank1.text(rank1.first)} to {rank1.text(rank1.last)}")
+            parts.append(f"rank-1 on unseen people {rank1.verb(('rose', 'fell', 'stayed'), still=0.05)}")
         if gap.difference is not None:
-            verb = _verb(gap.difference, 0.01 * max(abs(gap.first), abs(gap.last)), ("opened", "closed", "stayed"))
-            ends = f"from {gap.text(gap.first)} to {gap.text(gap.last)}"
-            parts.append(f"the gap between negative and positive distance {verb} {ends}")
+            still = 0.01 * max(abs(gap.first), abs(gap.last))
+            verb = gap.verb(("opened", "closed", "stayed"), still)
+            parts.append(f"the gap between negative and positive distance {verb}")
         if identity.last is not None:
             size = identity.text(abs(identity.last))
             side = f"{size} higher" if identity.last > 0 else f"{size} lower" if identity.last < 0 else "no higher"
-            parts.append(f"the denoising loss is {side} with another person's feature than with one of the same person")
+            earlier = "" if identity.first is None else f" ({identity.first_label}: {identity.text(identity.first)})"
+            parts.append(
+                f"the denoising loss is {side} with another person's feature than with the same person's{earlier}"
+            )
         if not parts:
             return ""
         text = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]
@@ -117,11 +126,6 @@ def _identity(run: Run) -> Change:
         return measured
     first = measured.first if measured.first_label == "before" else None
     return Change("share", first, (other - same) / same)
-
-
-def _verb(difference: float, still: float, verbs: tuple[str, str, str]) -> str:
-    up, down, same = verbs
-    return same if abs(difference) < still else up if difference > 0 else down
 
 
 def digits(value: float, count: int = 3, scale: float = 0.0) -> str:

@@ -100,7 +100,7 @@ def tile(label: str, change: Change, note: str, difference: str = "") -> str:
     """A headline figure: first value, arrow, last value."""
 
     def value(number: float | None, style: str, when: str) -> str:
-        shown = DASH if number is None else text(change.text(number))
+        shown = DASH if number is None else text(_signed(change.text(number)))
         return f'<span class="{style}" title="{text(when)}">{shown}</span>'
 
     if not change.known:
@@ -112,11 +112,16 @@ def tile(label: str, change: Change, note: str, difference: str = "") -> str:
         figures = (
             value(change.first, "from", change.first_label) + arrow + value(change.last, "value", change.last_label)
         )
-    moved = f'<span class="difference">{text(difference)}</span>' if difference else ""
+    moved = f'<span class="difference">{text(_signed(difference))}</span>' if difference else ""
     return (
         f'<div class="tile"><h3>{text(label)}</h3><p class="figures">{figures}</p>'
         f'<p class="note">{moved}{text(note)}</p></div>\n'
     )
+
+
+def _signed(figure: str) -> str:
+    """With a minus sign in place of the hyphen."""
+    return figure.replace("-", "\N{MINUS SIGN}")
 
 
 def facts(rows: Iterable[tuple[str, Any]]) -> str:

@@ -378,3 +378,12 @@ def test_preview_is_a_picture(tmp_path):
     assert sheet.shape[0] > 500 and (sheet == 255).mean() > 0.05
     with pytest.raises(UserError, match="cannot be written"):
         run("--preview", tmp_path / "nowhere" / "sheet.png")
+
+
+def test_fixed_cameras_are_passed_in_turn_by_everyone(tmp_path):
+    walkers.generate(tmp_path / "out", 2, 1, 6, (4, 4), workers=1, cameras=3)
+    views = [
+        sorted(path.parent.name for path in (tmp_path / "out/sequences" / name).rglob("*.pkl"))
+        for name in ("0000", "0001", "0002")
+    ]
+    assert views == [["a000-h1"] * 2 + ["a120-h2"] * 2 + ["a240-h3"] * 2] * 3

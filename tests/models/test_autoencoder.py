@@ -206,7 +206,7 @@ def test_encoder_alone_and_with_the_decoder_beside_it(tmp_path, small, suffix):
     with torch.no_grad():
         latents = model.encode(frames(1))
         assert torch.equal(latents, small.encode(frames(1)))
-        with pytest.raises(UserError, match="taesd_encoder.*holds only an encoder.*beside it"):
+        with pytest.raises(UserError, match=r"taesd_encoder.*holds only an encoder.*beside it"):
             model.decode_silhouette(latents)
     write(decoder, "taesd_decoder")
     assert same_weights(build_autoencoder(path), small)
@@ -278,11 +278,11 @@ def test_official_takes_published_digests_and_names_old_ones(tmp_path, small, mo
     digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (path, beside)]
 
     monkeypatch.setitem(weight_files.OUTDATED_SHA256, digests[0], "encoder 1.1")
-    with pytest.raises(UserError, match="is TAESD's encoder 1.1, older than the paper's 1.2"):
+    with pytest.raises(UserError, match=r"is TAESD's encoder 1\.1, older than the paper's 1\.2"):
         build_autoencoder(f"official:{path}")
     monkeypatch.setitem(weight_files.OFFICIAL_SHA256, digests[0], "encoder 1.2")
     model = build_autoencoder(f"official:{path}")
-    with pytest.raises(UserError, match="taesd_decoder.safetensors, beside the official encoder, has no known digest"):
+    with pytest.raises(UserError, match="beside the official encoder, has no known digest"):
         model.decode(torch.zeros(1, 4, 8, 8))
     monkeypatch.setitem(weight_files.OFFICIAL_SHA256, digests[1], "decoder 1.2")
     assert same_weights(build_autoencoder(f"official:{path}"), small)

@@ -105,3 +105,11 @@ def test_spread_parts_labels_and_keeps_order(heights):
     assert all(b - a >= LABEL_PITCH - 1e-9 for a, b in pairwise(moved))
     if all(b - a >= LABEL_PITCH for a, b in pairwise(heights)):
         assert moved == pytest.approx(heights)
+
+
+def test_labels_of_nearly_equal_losses_differ(run, tmp_path):
+    other = Run(tmp_path)
+    losses = {"loss_self": 1.0333193, "loss_same": 1.0333169, "loss_other": 1.0333847, "loss_null": 1.0345364}
+    other.evaluations = Table([{"step": 24.0, **losses}])
+    labels = [text.get_text() for text in CURVES["conditions"].draw(other, LIGHT).axes[0].texts]
+    assert sorted(labels) == ["null 1.034536", "other 1.033385", "same 1.033317", "self 1.033319"]

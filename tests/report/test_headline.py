@@ -48,9 +48,9 @@ def test_sentence_tells_losses_too(tmp_path):
     ends = {"rank1_before": 61.0, "rank1_after": 34.0, "gap_before": 0.1, "gap_after": 0.05}
     (tmp_path / "summary.json").write_text(json.dumps({**ends, "loss_same": 0.5, "loss_other": 0.499}))
     assert headline(read_run(tmp_path)).sentence() == (
-        "Rank-1 on unseen people fell from 61.0% to 34.0%, the gap between negative and positive distance closed from "
-        "0.100 to 0.050, and the denoising loss is 0.20% lower with another person's feature than with one of the same "
-        "person."
+        "Rank-1 on unseen people fell from 61.0% to 34.0%, the gap between negative and positive distance closed "
+        "from 0.100 to 0.050, and the denoising loss is 0.20% lower with another person's feature than with the same "
+        "person's."
     )
 
 
@@ -83,3 +83,15 @@ def test_both_ends_of_a_change_have_equal_decimals():
 )
 def test_duration(seconds, shown):
     assert duration(seconds) == shown
+
+
+def test_sentence_of_a_change_too_small_to_name(tmp_path):
+    rows = [
+        {"step": 0, "rank1": 20.0, "gap": 0.1, "loss_same": 1.0, "loss_other": 1.0},
+        {"step": 50, "rank1": 20.01, "gap": 0.1, "loss_same": 1.0, "loss_other": 1.0},
+    ]
+    write_lines(tmp_path / "evaluations.jsonl", rows)
+    assert headline(read_run(tmp_path)).sentence() == (
+        "Rank-1 on unseen people stayed at 20.0%, the gap between negative and positive distance stayed at 0.100, and "
+        "the denoising loss is no higher with another person's feature than with the same person's (before: 0%)."
+    )

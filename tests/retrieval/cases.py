@@ -3,7 +3,19 @@
 import numpy as np
 import torch
 
-KINDS = ("normal", "integers", "copies", "multiples", "neighbours", "denormal", "huge", "sparse", "half", "double")
+KINDS = (
+    "normal",
+    "integers",
+    "copies",
+    "multiples",
+    "neighbours",
+    "denormal",
+    "huge",
+    "sparse",
+    "spread",
+    "half",
+    "double",
+)
 
 
 def features(kind, seed, count, channels, parts):
@@ -27,6 +39,8 @@ def features(kind, seed, count, channels, parts):
         x = x * np.float32(1e37)
     elif kind == "sparse":  # whole parts of zeros among them
         x = x * (rng.random(shape) < 0.3)
+    elif kind == "spread":  # differences that float64 cannot hold
+        x = x * (10.0 ** rng.integers(-9, 10, shape)).astype(np.float32)
     tensor = torch.from_numpy(x.astype(np.float32))
     if kind == "half":
         return tensor.to(torch.float16 if seed % 2 else torch.bfloat16)
