@@ -67,7 +67,7 @@ class Pretraining:
         recognizer = build_recognizer(
             config.backbone.name, config.backbone.variant, width=config.backbone.width, seed=config.seed
         )
-        backbone = recognizer.backbone.to(memory_format=recognizer.backbone.memory_format)
+        backbone = recognizer.backbone
         self.sampling = recognizer.sampling
         self.autoencoder = build_autoencoder(config.autoencoder.weights).to(process.device)
         self.schedule = NoiseSchedule(config.diffusion.schedule)

@@ -78,8 +78,9 @@ def test_degradation_hits_a_share_of_the_frames_and_leaves_a_share_alone(people)
 def test_degradation_is_a_function_of_seed_and_step(people):
     clean = pixels(people)
     assert torch.equal(degrade(clean, 3, 7), degrade(clean, 3, 7))
-    assert not torch.equal(degrade(clean, 3, 7), degrade(clean, 3, 8))
-    assert not torch.equal(degrade(clean, 3, 7), degrade(clean, 4, 7))
+    for seed, step in ((3, 8), (4, 7)):
+        same = (degrade(clean, 3, 7) == degrade(clean, seed, step)).flatten(1).all(1)
+        assert same.float().mean() < 0.3, "only what both leave alone is equal"
     # A sample's draws do not depend on who else is in the batch.
     torch.testing.assert_close(degrade(clean, 3, 7)[:5], degrade(clean[:5], 3, 7))
 

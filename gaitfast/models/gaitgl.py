@@ -75,7 +75,6 @@ class GaitGL(Backbone):
     """
 
     sampling = ("ordered", 0)
-    memory_format = torch.channels_last_3d
 
     def __init__(self, channels: tuple[int, ...], *, large: bool) -> None:
         super().__init__()

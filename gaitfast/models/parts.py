@@ -52,8 +52,12 @@ def arrange_clips(silhouettes: Tensor, lengths: Sequence[int] | Tensor | None) -
 
 
 def fold_frames(silhouettes: Tensor) -> Tensor:
-    """(N, S, 64, 44) or packed (1, F, 64, 44) -> (F, 1, 64, 44), the batch of a 2-D convolution."""
-    return silhouettes.flatten(0, 1).unsqueeze(1)
+    """(N, S, 64, 44) or packed (1, F, 64, 44) -> (F, 1, 64, 44), the batch of a 2-D convolution, in channels_last.
+
+    One channel is channels_last for free, and convolutions keep the format of their input, so the whole network runs in
+    it whatever the format of its weights (ZeRO keeps those flat).
+    """
+    return silhouettes.flatten(0, 1).unsqueeze(-1).movedim(-1, 1)
 
 
 def over_clips(function: Callable[[Tensor], Tensor], frames: Tensor, lengths: Lengths) -> Tensor:
@@ -151,8 +155,6 @@ class Backbone(nn.Module):
     feature_parts: int
     sampling: tuple[str, int] = ("unordered", 0)
     """The authors' rule for the frames of s_G: "unordered" or "ordered", and the frames skipped by the ordered one."""
-    memory_format: torch.memory_format = torch.channels_last
-    """What `Module.to(memory_format=...)` takes for this network's convolutions."""
 
     def forward(self, silhouettes: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
         return self.extract(*arrange_clips(silhouettes, lengths))

@@ -126,8 +126,10 @@ class Exclusion:
             require(len(exclude) == 2, f"exclude: a pair of code arrays has 2 members, got {len(exclude)}")
             self.codes = joint_codes(*exclude, "codes", sizes, device)
             return
-        mask = torch.as_tensor(exclude)
-        require(mask.dtype == torch.bool, f"exclude: a mask is bool (True: not there), got {mask.dtype}")
+        what = "exclude: must be a bool mask (Q, G) or a pair (query_codes, gallery_codes)"
+        require(isinstance(exclude, (torch.Tensor, np.ndarray)), f"{what}, got {type(exclude).__name__}")
+        mask = exclude if isinstance(exclude, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(exclude))
+        require(mask.dtype == torch.bool, f"{what}, got {mask.dtype}")
         require(tuple(mask.shape) == sizes, f"exclude: a mask has shape {sizes}, got {tuple(mask.shape)}")
         self.mask = mask.to(device)
 

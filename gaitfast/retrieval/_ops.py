@@ -30,7 +30,6 @@ class _Problem:
         self, queries: torch.Tensor, gallery: torch.Tensor, metric: str, exclude: Exclusion, tile: int
     ) -> None:
         self.queries, self.gallery, self.metric, self.exclude, self.tile = queries, gallery, metric, exclude, tile
-        self.device = queries.device
         self._tiles = tiles(metric, queries.shape[1], queries.shape[2])
 
     def intervals(self, rows: torch.Tensor) -> Iterator[tuple[int, Interval]]:
@@ -56,7 +55,8 @@ class _Problem:
     def within(self, rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> Iterator[_Window]:
         """For each member of `rows`, the items whose interval meets [low[i], high[i]]; some members at a time."""
         # An adversarial gallery may put every item into the window, so the number of rows keeps the pairs to a tile's.
-        count = max(1, max(self.tile * self.tile, _WINDOW_PAIRS) // len(self.gallery))
+        count = max(self.tile * self.tile, _WINDOW_PAIRS) // len(self.gallery)
+        count = max(1, min(count, max(self.tile, _BLOCK)))
         for first in range(0, len(rows), count):
             members = slice(first, min(first + count, len(rows)))
             below = torch.zeros_like(rows[members])

