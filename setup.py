@@ -22,7 +22,9 @@ def extension() -> dict:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     sources = ["csrc/library.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
-    flags = {"cxx": ["-O3", "-std=c++20", "-Wall", "-fopenmp"]}
+    # No OpenMP: its threads would be a second pool beside PyTorch's, and on a small machine the two spin against each
+    # other (a third of the step on two cores). What runs in parallel here brings its own threads.
+    flags = {"cxx": ["-O3", "-std=c++20", "-Wall"]}
     cuda = torch.version.cuda is not None and CUDA_HOME is not None
     cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
     if cuda and cuda_sources:
@@ -35,7 +37,6 @@ def extension() -> dict:
         sources,
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args=flags,
-        extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 

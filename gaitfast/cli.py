@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import gaitfast
-from gaitfast.config import UserError
 
 COMMANDS = {
     "walkers": ("gaitfast.data.walkers", "generate synthetic walking people"),
@@ -23,21 +22,31 @@ COMMANDS = {
 }
 
 
+def _mistakes() -> tuple[type[Exception], ...]:
+    """The classes that mean a user's mistake, looked up late: the doctor must run where a dependency is missing."""
+    from gaitfast.config import UserError
+
+    kernels = sys.modules.get("gaitfast.kernels")
+    return (UserError, kernels.BackendError) if kernels else (UserError,)
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """A user's mistake ends the process with one line and exit code 2, Ctrl-C with 130, a bug with a traceback."""
     try:
         yield
-    except UserError as error:
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if not isinstance(error, _mistakes()):
+            raise
         sys.stdout.flush()
         print(f"gaitfast: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("gaitfast: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def _overview() -> str:

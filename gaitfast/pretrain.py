@@ -8,6 +8,9 @@ checkpoint of its run folder and continues exactly where it stopped.
 
 from __future__ import annotations
 
+import gaitfast  # noqa: F401 (before torch: it settles how the threads wait)
+
+# isort: split
 import argparse
 import resource
 import sys

@@ -1,12 +1,11 @@
 // LZ4 blocks -> frames on the CPU, and the CRC-32 of the blocks. The bytes are hostile: no read leaves the block, no
 // write leaves the frame, and a block that does not fill its frame exactly is an error.
+// One thread a call: the loader calls from a thread of its own, beside the step's.
 // Format: https://github.com/lz4/lz4/blob/dev/doc/lz4_Block_format.md
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -97,20 +96,12 @@ at::Tensor inflate_frames(const at::Tensor& bytes, const at::Tensor& offset, con
   const auto* length = sizes.const_data_ptr<int64_t>();
   auto* target = frames.mutable_data_ptr<uint8_t>();
 
-  std::atomic<int64_t> bad{rows};  // the first row that cannot be inflated
-  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const bool good = chunk_in_range(start[row], length[row], total) &&
-                        inflate_block(source + start[row], source + start[row] + length[row],
-                                      target + row * frame_bytes, target + (row + 1) * frame_bytes);
-      if (good) continue;
-      int64_t first = bad.load();
-      while (row < first && !bad.compare_exchange_weak(first, row)) {
-      }
-      return;
-    }
-  });
-  TORCH_CHECK(bad.load() == rows, "inflate_frames: row ", bad.load(), " is not an LZ4 block of one frame");
+  for (int64_t row = 0; row < rows; ++row) {
+    const bool good = chunk_in_range(start[row], length[row], total) &&
+                      inflate_block(source + start[row], source + start[row] + length[row], target + row * frame_bytes,
+                                    target + (row + 1) * frame_bytes);
+    TORCH_CHECK(good, "inflate_frames: row ", row, " is not an LZ4 block of one frame");
+  }
   return frames;
 }
 
@@ -153,12 +144,10 @@ at::Tensor chunk_crc32(const at::Tensor& bytes, const at::Tensor& offset, const 
   const auto* start = starts.const_data_ptr<int64_t>();
   const auto* length = sizes.const_data_ptr<int64_t>();
   auto* sum = sums.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const bool inside = chunk_in_range(start[row], length[row], total);
-      sum[row] = inside ? int64_t(crc32(source + start[row], length[row])) : -1;
-    }
-  });
+  for (int64_t row = 0; row < rows; ++row) {
+    const bool inside = chunk_in_range(start[row], length[row], total);
+    sum[row] = inside ? int64_t(crc32(source + start[row], length[row])) : -1;
+  }
   return sums;
 }
 

@@ -148,10 +148,11 @@ def generate(
 ) -> int:
     """Write OUT/sequences/<id>/<type>/<view>/<view>.pkl and OUT/partition.json. Returns the number of frames.
 
-    `frames`: the shortest and the longest walk. `cameras`: so many fixed ones, evenly around, that everyone passes in
-    turn; 0: another random one for each walk, as in the wild. One walk of each test subject is a probe, the others are
-    gallery (Gait3D's protocol). `workers` 0 takes all cores; the files do not depend on it. partition.json comes last:
-    a tree without it is not complete. Raises UserError if OUT holds anything else, and if it cannot be written (disk full).
+    `frames`: the shortest and the longest walk. `cameras`: so many fixed ones, evenly around, that everyone passes
+    in turn; 0: another random one for each walk, as in the wild. One walk of each test subject is a probe, the others
+    are gallery (Gait3D's protocol). `workers` 0 takes all cores; the files do not depend on it. partition.json comes
+    last: a tree without it is not complete. Raises UserError if OUT holds anything else, and if it cannot be written
+    (disk full).
     """
     for option, value, least in (
         ("--subjects", subjects, 1),

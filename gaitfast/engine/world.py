@@ -71,6 +71,9 @@ def start() -> World:
     import deepspeed  # after DS_ACCELERATOR is settled: the accelerator is chosen at import
 
     deepspeed.utils.logger.setLevel("WARNING")
+    # On a CPU, DeepSpeed would compile its shared-memory collectives at the first start, and a start that is killed
+    # meanwhile leaves a lock on which every later one waits for ever. Gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
