@@ -15,8 +15,8 @@ _root = Path(__file__).resolve().parent.parent
 if not (_root / "gaitfast" / "kernels").exists() and (_root / "kernels" / "__init__.py").exists():
     __path__.append(str(_root))
 
-# How long an OpenMP thread of PyTorch spins before it sleeps, read when torch is first imported. The default (3 ms) is as
-# fast on idle cores, but when anything else wants one of them every parallel region waits for a descheduled thread:
+# How long an OpenMP thread of PyTorch spins before it sleeps; read when torch is first imported. The default (3 ms) is
+# as fast on idle cores, but when anything else wants one of them every parallel region waits for a descheduled thread:
 # measured on two cores beside one busy process, a training step took three to ten times as long as with 0.1 ms.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
     os.environ["GOMP_SPINCOUNT"] = "10000"

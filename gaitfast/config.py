@@ -168,6 +168,9 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: int = 2000
     warmup_factor: float = 0.01
+    backbone_start: int = 0
+    """Steps during which the denoiser trains alone; 0: none (the paper). In a short run a denoiser that cannot use the
+    condition yet teaches the backbone to say nothing first; over the paper's 120,000 iterations it does not matter."""
     clip: float = 0.0
     """Largest norm of the gradient; 0: no clipping (the paper names none)."""
 
@@ -176,7 +179,8 @@ class OptimizerConfig:
             _check(getattr(self, name) >= 0, f"optimizer.{name}", "must not be negative")
         _check(self.weight_decay >= 0, "optimizer.weight_decay", "must not be negative")
         _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", f"lie in [0, 1), got {self.betas}")
-        _check(self.warmup >= 0, "optimizer.warmup", "must not be negative")
+        for name in ("warmup", "backbone_start"):
+            _check(getattr(self, name) >= 0, f"optimizer.{name}", "must not be negative")
         _check(0 < self.warmup_factor <= 1, "optimizer.warmup_factor", f"lies in (0, 1], got {self.warmup_factor}")
         _check(self.clip >= 0, "optimizer.clip", "must not be negative")
 

@@ -80,8 +80,8 @@ class Pretraining:
         denoiser = build_denoiser(config.denoiser.dim, cond_dim=recognizer.feature_channels, seed=config.seed)
         objective = DiffusionObjective(backbone, denoiser, self.schedule, weights, config.diffusion.pooling)
         groups = [
-            (list(denoiser.parameters()), config.optimizer.lr_denoiser),
-            (list(backbone.parameters()), config.optimizer.lr_backbone),
+            (list(denoiser.parameters()), config.optimizer.lr_denoiser, 0),
+            (list(backbone.parameters()), config.optimizer.lr_backbone, config.optimizer.backbone_start),
         ]
         self.engine = ZeroEngine(objective, groups, config, process)
 

@@ -17,11 +17,14 @@ from gaitfast.engine.world import World
 warnings.filterwarnings("ignore", message=r".*reduce_scatter_tensor.*", category=FutureWarning)
 
 
-def learning_rate_factor(step: int, iterations: int, optimizer: OptimizerConfig) -> float:
-    """Factor on both learning rates at `step` (0-based): linear warm-up, then cosine annealing to 0 (Table 6).
+def learning_rate_factor(step: int, iterations: int, optimizer: OptimizerConfig, start: int = 0) -> float:
+    """Factor on a learning rate at `step` (0-based): linear warm-up, then cosine annealing to 0 (Table 6).
 
-    A pure function of the step, so that resuming needs no scheduler state.
+    A pure function of the step, so that resuming needs no scheduler state. It is 0 before `start`.
     """
+    if step < start:
+        return 0.0
+    step, iterations = step - start, iterations - start
     if step < optimizer.warmup:
         return optimizer.warmup_factor + (1 - optimizer.warmup_factor) * step / optimizer.warmup
     progress = (step - optimizer.warmup) / max(1, iterations - optimizer.warmup)
@@ -33,7 +36,7 @@ class ZeroEngine:
 
     Args:
         objective: module that returns the scalar loss.
-        groups: (parameters, learning rate) of each parameter group.
+        groups: (parameters, learning rate, step at which they start to train) of each parameter group.
         config: the run's config; the DeepSpeed dict is derived from it in gaitfast.config.
         world: this process.
     """
@@ -41,17 +44,17 @@ class ZeroEngine:
     def __init__(
         self,
         objective: nn.Module,
-        groups: Sequence[tuple[list[nn.Parameter], float]],
+        groups: Sequence[tuple[list[nn.Parameter], float, int]],
         config: PretrainConfig,
         world: World,
     ):
         import deepspeed
 
         self.config = config
-        self._rates = [rate for _, rate in groups]
+        self._rates = [(rate, start) for _, rate, start in groups]
         fused = world.device.type == "cuda"
         optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": rate} for parameters, rate in groups],
+            [{"params": parameters, "lr": rate} for parameters, rate, _ in groups],
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
             fused=fused,
@@ -71,10 +74,11 @@ class ZeroEngine:
 
     def set_learning_rate(self, step: int) -> list[float]:
         """Set every group's rate for `step`; returns them."""
-        factor = learning_rate_factor(step, self.config.train.iterations, self.config.optimizer)
-        for group, rate in zip(self.optimizer.param_groups, self._rates):
-            group["lr"] = rate * factor
-        return [rate * factor for rate in self._rates]
+        train, optimizer = self.config.train, self.config.optimizer
+        rates = [rate * learning_rate_factor(step, train.iterations, optimizer, start) for rate, start in self._rates]
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        return rates
 
     def backward_and_step(self, loss: torch.Tensor) -> None:
         """One micro-batch; DeepSpeed updates the weights after the last one of the accumulation."""
