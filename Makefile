@@ -27,7 +27,8 @@ $(STAMP): $(VENV)/.packages $(SOURCES) setup.py
 SEED ?= 0
 demo: $(STAMP)
 	rm -rf runs/demo
-	$(BIN)/gaitfast walkers runs/demo/walkers --subjects 192 --test-subjects 64 --walks 8 --seed $(SEED)
+	$(BIN)/gaitfast walkers runs/demo/walkers --subjects 128 --test-subjects 32 \
+		--walks 12 --cameras 6 --frames 30 40 --seed $(SEED)
 	$(BIN)/gaitfast prepare runs/demo/walkers runs/demo/dataset --layout opengait
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed gaitfast/pretrain.py --config configs/pretrain/demo.yaml --set seed=$(SEED)
 	$(BIN)/gaitfast report runs/demo

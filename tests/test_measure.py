@@ -1,0 +1,67 @@
+"""The held-out clips of the direct measure: fixed, of test people, matched so that only identity tells them apart."""
+
+import numpy as np
+import pytest
+
+from gaitfast.config import PretrainConfig, UserError
+from gaitfast.data import packed
+from gaitfast.measure import HeldOut
+from tests.conftest import run_command
+
+
+@pytest.fixture(scope="module")
+def by_camera(tmp_path_factory):
+    """Five test people, each twice past each of two cameras."""
+    folder = tmp_path_factory.mktemp("by-camera")
+    options = ("--subjects", 1, "--test-subjects", 5, "--walks", 4, "--cameras", 2, "--frames", 8, 10, "--workers", 1)
+    assert run_command("walkers", folder / "tree", *options) == 0
+    assert run_command("prepare", folder / "tree", folder / "packed", "--layout", "opengait", "--workers", 1) == 0
+    return packed.PackedDataset.open(folder / "packed")
+
+
+def config(**settings):
+    made = PretrainConfig()
+    made.data.frames = 4
+    for name, value in settings.items():
+        setattr(made.eval, name, value)
+    return made
+
+
+def test_same_and_other_are_what_they_say(by_camera):
+    held = HeldOut(by_camera, config(), ("unordered", 0))
+    test = set(by_camera.split("test").tolist())
+    assert set(held.clip_walk.tolist()) == test
+    for clip, same, other in zip(held.clip_walk, held.same_walk, held.other_walk):
+        assert {clip, same, other} <= test
+        assert clip != same
+        assert by_camera.subject[clip] == by_camera.subject[same] != by_camera.subject[other]
+        assert by_camera.view[clip] == by_camera.view[same] == by_camera.view[other]
+    assert held.clip.shape == (20, 4, 64, 64)
+    assert {name: clips.shape for name, clips in held.conditions.items()} == {
+        name: (20, 4, 64, 44) for name in ("self", "same", "other")
+    }
+
+
+def test_the_clips_never_change_and_can_be_fewer(by_camera):
+    whole, again = (HeldOut(by_camera, config(), ("ordered", 2)) for _ in range(2))
+    assert np.array_equal(whole.clip, again.clip)
+    assert all(np.array_equal(whole.conditions[name], again.conditions[name]) for name in whole.conditions)
+    few = HeldOut(by_camera, config(condition_clips=3), ("ordered", 2))
+    assert np.array_equal(few.clip, whole.clip[:3])
+
+
+def test_without_matching_views_any_walk_serves(walkers_dataset):
+    dataset = packed.PackedDataset.open(walkers_dataset)
+    held = HeldOut(dataset, config(), ("unordered", 0))
+    assert len(held.clip_walk) == len(dataset.split("test"))
+    assert (dataset.subject[held.clip_walk] == dataset.subject[held.same_walk]).all()
+    assert (dataset.subject[held.clip_walk] != dataset.subject[held.other_walk]).all()
+
+
+def test_one_walk_a_person_is_refused(tmp_path):
+    frames = np.full((6, 64, 64), 255, np.uint8)
+    sequences = [(name, "nm-01", "000", frames) for name in "abc"]
+    partition = {"TRAIN_SET": ["a"], "TEST_SET": ["b", "c"]}
+    dataset = packed.write(tmp_path / "set", sequences, partition=partition)
+    with pytest.raises(UserError, match="no test person with two walks"):
+        HeldOut(dataset, config(), ("unordered", 0))
