@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.environment import envelope
+from gaitfast import files
 from gaitfast.cli import user_errors
 from gaitfast.config import UserError
-from gaitfast.engine import files
 
 
 def row(run: Path) -> dict:

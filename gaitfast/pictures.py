@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from gaitfast import files
 from gaitfast.data.reference import augmentation_sheet
 from gaitfast.diffusion import NoiseSchedule
 from gaitfast.diffusion.objective import DiffusionObjective
 from gaitfast.diffusion.sampler import ddim_sample, predict_latents, predict_noise
 from gaitfast.diffusion.schedule import add_noise
-from gaitfast.engine import files
 from gaitfast.measure import Measures
 
 _COUNT = 6

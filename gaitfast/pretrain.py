@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from gaitfast import kernels
+from gaitfast import files, kernels
 from gaitfast.cli import user_errors
 from gaitfast.config import PretrainConfig, UserError, batch_per_rank, dump, load, to_dict
 from gaitfast.data.packed import PackedDataset
@@ -27,7 +27,7 @@ from gaitfast.data.pipeline import build_loader
 from gaitfast.data.sampling import Sampler
 from gaitfast.diffusion import NoiseSchedule, loss_weights
 from gaitfast.diffusion.objective import DiffusionObjective
-from gaitfast.engine import checkpoint, files, world
+from gaitfast.engine import checkpoint, world
 from gaitfast.engine.loop import train
 from gaitfast.engine.meters import Meters, Records
 from gaitfast.engine.portable import save_backbone, source_commit
@@ -43,11 +43,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value, as in train.batch=128"
     )
+    parser.add_argument("--autoencoder", metavar="FILE", help="a TAESD file: --set autoencoder.weights=FILE")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
 
 
 def main(args: argparse.Namespace) -> int:
-    config = load(PretrainConfig, args.config, args.set)
+    overrides = [*args.set, *([f"autoencoder.weights={args.autoencoder}"] if args.autoencoder else [])]
+    config = load(PretrainConfig, args.config, overrides)
     process = world.start()
     try:
         Pretraining(config, process).run()
@@ -64,7 +66,7 @@ class Pretraining:
         self.started = time.perf_counter()
         self.folder = Path(config.run)
         self.per_rank = batch_per_rank(config.train, process.size)
-        self._claim_folder()
+        self._require_same_config()
         self.dataset = PackedDataset.open(config.data.path)
 
         recognizer = build_recognizer(
@@ -86,7 +88,9 @@ class Pretraining:
         self.engine = ZeroEngine(objective, groups, config, process)
 
         found = checkpoint.newest(self.folder, report=process.is_main)
-        self.start, pending = checkpoint.load(self.engine, found, process) if found else (0, [])
+        fingerprint = self.dataset.fingerprint
+        self.start, pending = checkpoint.load(self.engine, found, process, fingerprint) if found else (0, [])
+        self._make_folder()
         if process.is_main:
             self.evaluations = Records(self.folder / "evaluations.jsonl", self.start)
         self.meters = Meters(
@@ -104,25 +108,29 @@ class Pretraining:
         first = process.rank * self.per_rank
         self.samples = torch.arange(first, first + self.per_rank, device=process.device)
 
-    def _claim_folder(self) -> None:
-        """Make the run folder, or check that it belongs to a run of the same config."""
+    def _require_same_config(self) -> None:
+        """UserError if the run folder holds checkpoints of a run with another config."""
         path = self.folder / "config.resolved.yaml"
-        if path.exists():
-            ours, theirs = to_dict(self.config), to_dict(load(PretrainConfig, path))
-            free = {"run", "log_every"}
-            changed = _differences(ours, theirs) - free - {"train.stop_after"}
-            if changed:
-                raise UserError(
-                    f"{path}: this folder holds a run with another {', '.join(sorted(changed))}; "
-                    "choose another folder with --set run=FOLDER, or delete this one"
-                )
-        self.world.barrier()
-        if self.world.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"run: cannot create {self.folder} ({error.strerror})") from None
-            files.write_atomically(path, lambda temporary: temporary.write_text(dump(self.config), encoding="utf-8"))
+        if not path.exists() or not any(self.folder.glob("checkpoints/step_*")):
+            return
+        changed = _differences(to_dict(self.config), to_dict(load(PretrainConfig, path)))
+        changed -= {"run", "log_every", "train.stop_after"}
+        if changed:
+            raise UserError(
+                f"{path}: this folder holds a run with another {', '.join(sorted(changed))}; "
+                "choose another folder with --set run=FOLDER, or delete this one"
+            )
+
+    def _make_folder(self) -> None:
+        """The run folder and the config in it, once everything that the config names was found."""
+        if not self.world.is_main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run: cannot create {self.folder} ({error.strerror})") from None
+        path = self.folder / "config.resolved.yaml"
+        files.write_atomically(path, lambda temporary: temporary.write_text(dump(self.config), encoding="utf-8"))
 
     @torch.no_grad()
     def encode(self, clips: torch.Tensor) -> torch.Tensor:
@@ -179,7 +187,8 @@ class Pretraining:
 
     def save(self, step: int) -> None:
         """Checkpoint and portable backbone after `step` steps."""
-        checkpoint.save(self.engine, self.folder, step, self.config, self.world, self.meters.pending_losses())
+        pending, fingerprint = self.meters.pending_losses(), self.dataset.fingerprint
+        checkpoint.save(self.engine, self.folder, step, self.config, self.world, pending, fingerprint)
         with self.engine.gathered():
             if self.world.is_main:
                 latest = self.evaluations.rows[-1] if self.evaluations.rows else {}

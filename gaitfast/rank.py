@@ -7,6 +7,9 @@ or, on several devices, `deepspeed gaitfast/rank.py --dataset DIR ...`: the embe
 
 from __future__ import annotations
 
+import gaitfast  # before torch: it settles how the threads wait
+
+# isort: split
 import argparse
 import os
 import sys
@@ -18,11 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-import gaitfast
+from gaitfast import files
 from gaitfast.cli import user_errors
 from gaitfast.config import BackboneConfig, UserError
 from gaitfast.data.packed import PackedDataset
-from gaitfast.engine import files, world
+from gaitfast.engine import world
 from gaitfast.engine.embed import embed
 from gaitfast.engine.portable import load_backbone, source_commit
 from gaitfast.interop import opengait

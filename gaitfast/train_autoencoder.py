@@ -21,10 +21,10 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
+from gaitfast import files
 from gaitfast.config import UserError
 from gaitfast.data import walkers
 from gaitfast.data.packed import PackedDataset
-from gaitfast.engine import files
 from gaitfast.models.autoencoder import Autoencoder
 from gaitfast.randomness import normal_tensor, uniform_tensor
 

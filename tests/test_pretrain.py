@@ -220,3 +220,10 @@ def test_a_users_mistake_is_one_line(runner, settings, message):
 def test_another_config_is_refused_in_the_same_folder(undisturbed, runner):
     output = runner("whole", "train.batch=2", code=2)
     assert "another train.batch" in output
+
+
+@pytest.mark.slow
+def test_a_mended_mistake_does_not_leave_a_claimed_folder(runner):
+    runner("mended", "train.iterations=2", "eval.every=0", "data.path=nowhere", code=2)
+    assert not (runner.folder / "mended").exists()
+    runner("mended", "train.iterations=2", "eval.every=0")

@@ -28,6 +28,7 @@ from typing import NamedTuple, Protocol
 import lz4
 import numpy as np
 
+from gaitfast import files
 from gaitfast.config import UserError
 from gaitfast.data import packed, shards
 from gaitfast.data.partition import Partition
@@ -116,7 +117,7 @@ def pack_shard(work: ShardWork, done: Progress) -> ShardResult:
         work.file.name, temporary.stat().st_size, shards.checksum(temporary), kept, writer.num_frames
     )
     temporary.rename(work.file)
-    shards.sync_folder(work.folder)
+    files.sync(work.folder)
     result = ShardResult(record, lengths, problems)
     temporary = work.record.with_suffix(f".{os.getpid()}.tmp")
     shards.write_text(temporary, json.dumps([record._asdict(), lengths, problems]))
@@ -223,7 +224,7 @@ def pack(job: Job, listing: Listing, progress: Progress, note: Callable[[str], N
             results.update(_run(pending, job.workers, progress))
             problems = _assemble(job, listing, [results[work.number] for work in works], partial)
             partial.rename(job.out)
-            shards.sync_folder(job.out.parent)
+            files.sync(job.out.parent)
             shutil.rmtree(job.out / "progress")
     except BrokenProcessPool:
         raise UserError(

@@ -48,15 +48,6 @@ def _header(tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], length: int = 
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
-def sync_folder(path: Path) -> None:
-    """Make renames inside `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text(path: Path, text: str) -> None:
     """A small UTF-8 file, synced."""
     with open(path, "w", encoding="utf-8") as file:

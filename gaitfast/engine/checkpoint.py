@@ -17,8 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from gaitfast import files
 from gaitfast.config import PretrainConfig, UserError, to_dict
-from gaitfast.engine import files
 from gaitfast.engine.world import World
 from gaitfast.engine.zero import ZeroEngine
 
@@ -33,6 +33,8 @@ class Checkpoint:
     path: Path
     step: int
     world_size: int
+    dataset: str
+    """Fingerprint of the dataset trained on."""
 
 
 def _state_bytes(engine: ZeroEngine) -> int:
@@ -41,11 +43,18 @@ def _state_bytes(engine: ZeroEngine) -> int:
 
 
 def save(
-    engine: ZeroEngine, run: Path, step: int, config: PretrainConfig, world: World, pending_losses: list[float]
+    engine: ZeroEngine,
+    run: Path,
+    step: int,
+    config: PretrainConfig,
+    world: World,
+    pending_losses: list[float],
+    dataset: str,
 ) -> None:
     """Write the checkpoint of `step` (steps done) and prune old ones. Every rank must call it.
 
-    `pending_losses` are the losses since the last logged step, so that a resumed run logs the same means.
+    `pending_losses` are the losses since the last logged step, so that a resumed run logs the same means; `dataset` is
+    the fingerprint of what is trained on, so that a resumed run sees the same batches.
     """
     folder = run / "checkpoints"
     final = folder / f"step_{step:08d}"
@@ -75,6 +84,7 @@ def save(
             "step": step,
             "world_size": world.size,
             "zero_stage": config.train.zero_stage,
+            "dataset": dataset,
             "config": to_dict(config),
             "files": entries,
         }
@@ -103,7 +113,7 @@ def _inspect(path: Path) -> Checkpoint:
             file = path / name
             if file.stat().st_size != entry["bytes"] or files.digest(file) != entry["blake2b"]:
                 raise ValueError(f"{name} does not match its checksum")
-        return Checkpoint(path, int(manifest["step"]), int(manifest["world_size"]))
+        return Checkpoint(path, int(manifest["step"]), int(manifest["world_size"]), str(manifest["dataset"]))
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{error.__class__.__name__}: {error}") from None
 
@@ -119,8 +129,16 @@ def newest(run: Path, report: bool = True) -> Checkpoint | None:
     return None
 
 
-def load(engine: ZeroEngine, checkpoint: Checkpoint, world: World) -> tuple[int, list[float]]:
-    """Restore weights and optimizer; returns the steps done and this rank's losses not yet logged."""
+def load(engine: ZeroEngine, checkpoint: Checkpoint, world: World, dataset: str) -> tuple[int, list[float]]:
+    """Restore weights and optimizer; returns the steps done and the losses not yet logged.
+
+    UserError if the run had another number of processes or another dataset (by fingerprint).
+    """
+    if checkpoint.dataset != dataset:
+        raise UserError(
+            f"{checkpoint.path}: was trained on a dataset with another content; "
+            "restore that dataset, or begin anew in another run folder"
+        )
     if checkpoint.world_size != world.size:
         raise UserError(
             f"{checkpoint.path}: written by {checkpoint.world_size} processes, this run has {world.size}; "

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from gaitfast import files
 from gaitfast.config import UserError
-from gaitfast.engine import files
 from gaitfast.engine.world import World
 
 

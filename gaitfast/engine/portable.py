@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import gaitfast
+from gaitfast import files
 from gaitfast.config import UserError
-from gaitfast.engine import files
 
 FORMAT = "gaitfast-backbone-1"
 

@@ -245,7 +245,7 @@ if __name__ == "__main__":
 def test_resumes_after_a_kill_with_the_same_output(tmp_path, signal_number, workers):
     rng = np.random.default_rng(0)
     (tmp_path / "one.pkl").write_bytes(pickle.dumps(rng.integers(0, 256, (12, 64, 64), dtype=np.uint8)))
-    for i in range(700):
+    for i in range(2100):
         folder = tmp_path / "tree" / f"{i:04d}" / "nm" / "000"
         folder.mkdir(parents=True)
         os.link(tmp_path / "one.pkl", folder / "x.pkl")
@@ -267,7 +267,7 @@ def test_resumes_after_a_kill_with_the_same_output(tmp_path, signal_number, work
     assert process.returncode == (-signal.SIGKILL if signal_number == signal.SIGKILL else prepare.INTERRUPTED), errors
     assert not (tmp_path / "out").exists()
     finished = {path.name: path.stat().st_mtime_ns for path in progress.glob("*.json")}
-    assert 0 < len(finished) < 6
+    assert 0 < len(finished) < 16
     if workers > 1:
         time.sleep(0.5)  # orphans, if there were any, would go on
         assert set(finished) == {path.name for path in progress.glob("*.json")}

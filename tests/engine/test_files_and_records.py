@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from gaitfast import files
 from gaitfast.config import OptimizerConfig, UserError
-from gaitfast.engine import checkpoint, files
+from gaitfast.engine import checkpoint
 from gaitfast.engine.meters import Meters, Records
 from gaitfast.engine.portable import load_backbone, save_backbone
 from gaitfast.engine.world import World
@@ -99,7 +100,13 @@ def write_checkpoint(run, step):
     folder.mkdir(parents=True)
     (folder / "state.pt").write_bytes(b"weights %d" % step)
     entry = {"bytes": (folder / "state.pt").stat().st_size, "blake2b": files.digest(folder / "state.pt")}
-    manifest = {"format": checkpoint.FORMAT, "step": step, "world_size": 1, "files": {"state.pt": entry}}
+    manifest = {
+        "format": checkpoint.FORMAT,
+        "step": step,
+        "world_size": 1,
+        "dataset": "abc",
+        "files": {"state.pt": entry},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
