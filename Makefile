@@ -10,6 +10,8 @@ SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*
 setup: $(STAMP)
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "gaitfast needs Python 3.10 to 3.12, and $(PYTHON) is another; try: make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 # Torch first, from the constraint: a bare `torch` would pull another version than the extension is built against.

@@ -52,7 +52,7 @@ PACKAGES = (
     Package("torch", "2.6", "torch", "models, training"),
     Package("deepspeed", "0.16", "deepspeed", "ZeRO, launcher"),
     Package("nvidia-dali-cuda130", "1.50", "nvidia.dali", "loading and augmentation"),
-    Package("einops", "0.7", "einops", "models"),
+    Package("einops", "0.7", "einops", "training"),
     Package("numpy", "1.26", "numpy", "data"),
     Package("safetensors", "0.4", "safetensors", "datasets, weights"),
     Package("opencv-python-headless", "4.8", "cv2", "pretreatment, reference augmentation"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
 
@@ -55,9 +56,8 @@ def write_pictures(
     tensors["autoencoder.decoded"] = _bytes(autoencoder.decode_silhouette(still)[:, 0])
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
-        batch, _, frames, height, width = latents.shape
-        flat = latents.permute(0, 2, 1, 3, 4).reshape(-1, 4, height, width)
-        return _bytes(autoencoder.decode_silhouette(flat)[:, 0]).view(batch, frames, height * 8, width * 8)
+        frames = autoencoder.decode_silhouette(rearrange(latents, "b c t h w -> (b t) c h w"))
+        return rearrange(_bytes(frames), "(b t) 1 h w -> b t h w", b=len(latents))
 
     silhouettes = torch.from_numpy(np.ascontiguousarray(held.conditions["same"][:_COUNT]))
     condition = objective.condition(silhouettes.to(device).float() / 255)

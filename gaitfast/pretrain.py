@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from einops import rearrange
 
 from gaitfast import files, kernels
 from gaitfast.cli import user_errors
@@ -135,15 +136,10 @@ class Pretraining:
     @torch.no_grad()
     def encode(self, clips: torch.Tensor) -> torch.Tensor:
         """E(s_E): clips uint8 (B, T, 64, 64) -> latents float32 (B, 4, T, 8, 8), frame by frame (Sec. 3.1.1)."""
-        batch, frames = clips.shape[:2]
-        with self.engine.autocast():
-            latents = torch.cat(
-                [
-                    self.autoencoder.encode(part.unsqueeze(1).float() / 255)
-                    for part in clips.flatten(0, 1).split(1024)  # bounds the activations at full resolution
-                ]
-            )
-        return latents.float().view(batch, frames, *latents.shape[1:]).permute(0, 2, 1, 3, 4)
+        frames = rearrange(clips, "b t h w -> (b t) 1 h w")
+        with self.engine.autocast():  # in parts, which bounds the activations at full resolution
+            latents = torch.cat([self.autoencoder.encode(part.float() / 255) for part in frames.split(1024)])
+        return rearrange(latents.float(), "(b t) c h w -> b c t h w", b=len(clips))
 
     def train_step(self, batch, step: int) -> torch.Tensor:
         """Forward, backward and optimizer step on this rank's slice of the global batch; returns the mean loss."""
