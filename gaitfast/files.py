@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from gaitfast.config import UserError
 
 
@@ -30,8 +32,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in an error of its own
+        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
             raise UserError(f"{path}: no space left on the disk; free some and run the same command again") from None
         raise
     finally:

@@ -6,6 +6,7 @@ anchor-negative pairs (Fig. 3), and the denoising loss under each kind of condit
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from gaitfast import randomness
 from gaitfast.config import PretrainConfig, UserError
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.reference import ReferenceLoader
-from gaitfast.data.sampling import ordered_frames, unordered_frames
+from gaitfast.data.sampling import ordered_frames, resolve_rule, unordered_frames
 from gaitfast.diffusion.objective import DiffusionObjective
 from gaitfast.diffusion.probe import condition_losses
 from gaitfast.engine.embed import CUT, embed
@@ -30,12 +31,13 @@ _PAIRS = 256
 class HeldOut:
     """Fixed clips of test people for the direct measure, each with its three conditions, as uint8 frames.
 
-    `same` is another walk of the person and `other` a walk of another person, both past the camera of the clip where
-    the dataset has such walks: what a feature says about the viewpoint then cannot pass for identity.
+    `same` is another walk of the person and `other` a walk of another person, both past the camera of the clip and in
+    its condition where the dataset has such walks (`matched` is their share): what a feature says about viewpoint or
+    clothing then cannot pass for identity. `self` takes other frames of the clip's walk; some may be the clip's own.
     """
 
     def __init__(self, dataset: PackedDataset, config: PretrainConfig, sampling: tuple[str, int]):
-        self.clip_walk, self.same_walk, self.other_walk = _walks(dataset, config)
+        self.clip_walk, self.same_walk, self.other_walk, self.matched = _walks(dataset, config)
         frames = config.data.frames
         rows = np.arange(len(self.clip_walk))
 
@@ -55,28 +57,34 @@ class HeldOut:
         self.conditions["other"] = clips(self.other_walk, "held-out other", *sampling)[..., CUT]
 
 
-def _walks(dataset: PackedDataset, config: PretrainConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sequence numbers of the clips, of the same person's other walks, and of other people's walks, int64 (N,) each."""
+def _walks(dataset: PackedDataset, config: PretrainConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Sequence numbers of the clips, of the same person's other walks, and of other people's walks, int64 (N,) each.
+
+    Both other walks share the clip's view and condition (clothing, surface) where there are such walks on both sides,
+    else its view, else nothing; clips with closer matches come first. The last value is the share of full matches.
+    """
     test = dataset.split("test")
     subject, view = dataset.subject[test], dataset.view[test]
+    # "nm-01" and "nm-02" are two walks in one condition: what follows the name is a number.
+    condition = np.array([re.sub(r"[-_]?\d+$", "", dataset.conditions[code]) for code in dataset.condition[test]])
     draws = randomness.uniform(config.seed, "held-out walks", 0, np.arange(len(test)), 2)
-    rows, matched = [], []
+    rows, levels = [], []
     for i in range(len(test)):
         own = subject == subject[i]
-        own_walks, other_walks = own & (np.arange(len(test)) != i), ~own
-        if not own_walks.any() or not other_walks.any():
-            continue
-        pick, here = [], view == view[i]
-        for candidates, draw in zip((own_walks, other_walks), draws[i]):
-            pool = np.flatnonzero(candidates & here if (candidates & here).any() else candidates)
-            pick.append(pool[int(draw * len(pool))])
-        rows.append((i, *pick))
-        matched.append(all(here[pick]))
+        sides = (own & (np.arange(len(test)) != i), ~own)
+        here = view == view[i]
+        for level, alike in enumerate((here & (condition == condition[i]), here, np.ones_like(here))):
+            pools = [np.flatnonzero(side & alike) for side in sides]
+            if all(len(pool) for pool in pools):
+                rows.append((i, *(pool[int(draw * len(pool))] for pool, draw in zip(pools, draws[i]))))
+                levels.append(level)
+                break
     if not rows:
         raise UserError(f"eval: {dataset.path} holds no test person with two walks; the evaluation needs some")
     order = randomness.permutation(config.seed, "held-out clips", 0, len(rows))
-    order = order[np.argsort(~np.array(matched)[order], kind="stable")][: config.eval.condition_clips]
-    return tuple(test[column] for column in np.array(rows)[order].T)
+    order = order[np.argsort(np.array(levels)[order], kind="stable")][: config.eval.condition_clips]
+    clip, same, other = (test[column] for column in np.array(rows)[order].T)
+    return clip, same, other, float((np.array(levels)[order] == 0).mean())
 
 
 class Measures:
@@ -102,7 +110,7 @@ class Measures:
         self.dataset = PackedDataset.open(config.eval.path) if config.eval.path else dataset
         self.protocol = self.dataset.protocol if config.eval.protocol == "auto" else config.eval.protocol
         protocols.check(self.protocol, self.dataset)
-        self.held_out = HeldOut(self.dataset, config, sampling)
+        self.held_out = HeldOut(self.dataset, config, resolve_rule(config.data, sampling))
         count = len(self.held_out.clip)
         rows = torch.arange(count, device=world.device)
         self.noise = randomness.normal_tensor(config.seed, "held-out noise", 0, rows, (4, config.data.frames, 8, 8))
@@ -140,10 +148,20 @@ class Measures:
         negative = float(distance[subject[:, None] != subject[None]].mean())
         return {"distance_positive": positive, "distance_negative": negative, "gap": negative - positive}
 
+    def _identity(self, losses: dict[str, torch.Tensor]) -> dict[str, float]:
+        """(other - same) / same, and its standard error: clips of one person are not independent, people are."""
+        difference = (losses["other"] - losses["same"]).numpy()
+        subject = self.dataset.subject[self.held_out.clip_walk]
+        people = np.array([difference[subject == code].mean() for code in np.unique(subject)])
+        same = float(losses["same"].mean())
+        row = {"identity": float(difference.mean()) / same}
+        if len(people) > 1:
+            row["identity_error"] = float(people.std(ddof=1)) / len(people) ** 0.5 / same
+        return row
+
     def __call__(self, objective: DiffusionObjective) -> dict[str, float]:
         """One row of evaluations.jsonl without its step. The objective is in eval mode, under the run's autocast."""
         started = time.perf_counter()
-        # Partitioned weights (ZeRO-3) were gathered by the caller, so every rank may embed its own share.
         embeddings = embed(
             objective.backbone,
             self.dataset,
@@ -155,8 +173,10 @@ class Measures:
         )
         cosine = protocols.evaluate(self.protocol, self.dataset, embeddings, metric="cosine")
         euclidean = protocols.evaluate(self.protocol, self.dataset, embeddings, metric="euclidean")
-        row = {key: cosine[key] for key in ("rank1", "rank5", "rank10", "mAP", "mINP") if key in cosine}
-        row["rank1_euclidean"] = euclidean["rank1"]
+        row = dict(cosine)
+        # Where a protocol ranks people that were trained on as well (usf17), `rank1` is that of the others.
+        unseen = "rank1_unseen" if "rank1_unseen" in cosine else "rank1"
+        row |= {"rank1_all": cosine["rank1"], "rank1": cosine[unseen], "rank1_euclidean": euclidean[unseen]}
         row |= self.distances(objective)
         device = self.world.device
         held = self.held_out
@@ -165,6 +185,11 @@ class Measures:
             for name, clips in held.conditions.items()
         }
         latents = torch.cat([self.encode(part.to(device)) for part in torch.from_numpy(held.clip).split(32)])
-        row |= condition_losses(objective, latents, silhouettes, self.noise, self.timesteps)
+        # In float32 whatever the run's precision: bf16 would round away what tells the conditions apart.
+        with torch.autocast(device.type, enabled=False):
+            losses = condition_losses(objective, latents, silhouettes, self.noise, self.timesteps)
+        row |= {f"loss_{name}": float(loss.mean()) for name, loss in losses.items()}
+        row |= self._identity(losses)
+        row["condition_matched"] = held.matched
         row["seconds"] = time.perf_counter() - started
         return row

@@ -38,6 +38,12 @@ from gaitfast.models import build_autoencoder, build_denoiser, build_recognizer
 from gaitfast.pictures import write_pictures
 from gaitfast.randomness import normal_tensor, uniform_tensor
 
+_WITHOUT_EFFECT = {
+    *("run", "log_every", "train.stop_after", "checkpoint.every", "checkpoint.keep"),
+    *("data.path", "data.threads", "data.prefetch"),  # the dataset is known by its fingerprint, wherever it lies
+}
+"""Keys that may change when a run goes on: they do not change what is trained."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/pretrain/")
@@ -93,7 +99,10 @@ class Pretraining:
         self.start, pending = checkpoint.load(self.engine, found, process, fingerprint) if found else (0, [])
         self._make_folder()
         if process.is_main:
-            self.evaluations = Records(self.folder / "evaluations.jsonl", self.start)
+            if not found:  # what a run that died before its first checkpoint left is not this run's
+                for stale in ("summary.json", "pictures.safetensors", "backbone.safetensors"):
+                    (self.folder / stale).unlink(missing_ok=True)
+            self.evaluations = Records(self.folder / "evaluations.jsonl", self.start if found else -1)
         self.meters = Meters(
             self.folder,
             process,
@@ -115,7 +124,7 @@ class Pretraining:
         if not path.exists() or not any(self.folder.glob("checkpoints/step_*")):
             return
         changed = _differences(to_dict(self.config), to_dict(load(PretrainConfig, path)))
-        changed -= {"run", "log_every", "train.stop_after"}
+        changed -= _WITHOUT_EFFECT
         if changed:
             raise UserError(
                 f"{path}: this folder holds a run with another {', '.join(sorted(changed))}; "
@@ -168,10 +177,11 @@ class Pretraining:
         known = self.evaluations.at(step) if self.world.is_main else None
         if self.world.any(known is not None):
             return
-        with self.engine.gathered(), self.engine.autocast():
-            self.engine.objective.eval()
-            row = {"step": step, **self.measures(self.engine.objective)}
-            self.engine.objective.train()
+        objective = self.engine.whole()
+        with self.engine.autocast():
+            objective.eval()
+            row = {"step": step, **self.measures(objective)}
+            objective.train()
         if self.world.is_main:
             self.evaluations.add(row)
             self.meters.evaluation(step, row)
@@ -185,12 +195,16 @@ class Pretraining:
         """Checkpoint and portable backbone after `step` steps."""
         pending, fingerprint = self.meters.pending_losses(), self.dataset.fingerprint
         checkpoint.save(self.engine, self.folder, step, self.config, self.world, pending, fingerprint)
-        with self.engine.gathered():
-            if self.world.is_main:
-                latest = self.evaluations.rows[-1] if self.evaluations.rows else {}
-                metadata = {"config": to_dict(self.config), "step": step, "metrics": latest}
-                save_backbone(self.folder / "backbone.safetensors", self.engine.objective.backbone, metadata)
+        self.export(step)
         self.world.barrier()
+
+    def export(self, step: int) -> None:
+        """The portable backbone after `step` steps, with the evaluation of that step if there is one."""
+        objective = self.engine.whole()
+        if self.world.is_main:
+            metrics = self.evaluations.at(step) or {}
+            metadata = {"config": to_dict(self.config), "step": step, "metrics": metrics}
+            save_backbone(self.folder / "backbone.safetensors", objective.backbone, metadata)
 
     def run(self) -> None:
         config, process = self.config, self.world
@@ -230,6 +244,7 @@ class Pretraining:
             loader.close()
         if done == config.train.iterations:
             self.evaluate(done)
+            self.export(done)
             self.finish(done)
         else:
             self.meters.say(f"stopped cleanly after step {done}; the same command continues")
@@ -237,19 +252,18 @@ class Pretraining:
 
     def finish(self, step: int) -> None:
         """Pictures and summary of a complete run."""
-        with self.engine.gathered(), self.engine.autocast():
-            self.engine.objective.eval()
-            if self.world.is_main:
-                write_pictures(
-                    self.folder / "pictures.safetensors",
-                    self.measures,
-                    self.engine.objective,
-                    self.autoencoder,
-                    self.schedule,
-                    self.config.seed,
-                )
+        objective = self.engine.whole().eval()
         if not self.world.is_main:
             return
+        with self.engine.autocast():
+            write_pictures(
+                self.folder / "pictures.safetensors",
+                self.measures,
+                objective,
+                self.autoencoder,
+                self.schedule,
+                self.config.seed,
+            )
         before, after = self.evaluations.at(0), self.evaluations.at(step)
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         summary = {

@@ -71,6 +71,11 @@ def unordered_frames(
     return np.take_along_axis(chosen, order, axis=1)
 
 
+def resolve_rule(config: DataConfig, sampling: tuple[str, int]) -> tuple[str, int]:
+    """The rule for the frames of s_G: the backbone's `sampling`, unless the config names another."""
+    return sampling if config.sampler == "auto" else (config.sampler, config.frames_skip)
+
+
 class Sampler:
     """Selections for any step, in any order. Holds index arrays and the permutations of the two latest epochs only.
 
@@ -98,7 +103,7 @@ class Sampler:
             raise UserError(f"train.batch: {batch} does not divide by {world_size} ranks; choose a multiple")
         self.batch = batch
         self._starts, self._sequences, self._config, self._seed = starts, sequences, config, seed
-        self._rule, self._skip = sampling if config.sampler == "auto" else (config.sampler, config.frames_skip)
+        self._rule, self._skip = resolve_rule(config, sampling)
         if self._rule not in ("ordered", "unordered"):
             raise ValueError(f"sampling: unknown rule {self._rule!r}")
         share = batch // world_size

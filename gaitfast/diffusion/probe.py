@@ -23,8 +23,8 @@ def condition_losses(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     batch: int = 32,
-) -> dict[str, float]:
-    """Unweighted mean squared error per kind of condition, averaged over clips and timesteps.
+) -> dict[str, torch.Tensor]:
+    """Unweighted mean squared error of each clip under each kind of condition, averaged over the timesteps.
 
     Args:
         objective: in eval mode.
@@ -35,9 +35,9 @@ def condition_losses(
         batch: clips per forward.
 
     Returns:
-        {"loss_self", "loss_same", "loss_other", "loss_null"}: float.
+        {"self", "same", "other", "null"}: float64 (N,) on the CPU.
     """
-    total = {name: torch.zeros((), dtype=torch.float64) for name in CONDITIONS}
+    total = {name: torch.zeros(len(latents), dtype=torch.float64) for name in CONDITIONS}
     for first in range(0, len(latents), batch):
         part = slice(first, first + batch)
         conditions = {name: objective.condition(silhouettes[name][part]) for name in ("self", "same", "other")}
@@ -49,6 +49,5 @@ def condition_losses(
                 errors = objective.errors(
                     latents[part], noise[part], timestep, condition, drop if name == "null" else None
                 )
-                total[name] += errors.double().sum().cpu()
-    count = len(latents) * len(timesteps)
-    return {f"loss_{name}": float(value) / count for name, value in total.items()}
+                total[name][part] += errors.double().cpu() / len(timesteps)
+    return total

@@ -17,6 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from gaitfast import files
 from gaitfast.config import PretrainConfig, UserError, to_dict
 from gaitfast.engine.world import World
@@ -39,7 +41,7 @@ class Checkpoint:
 
 def _state_bytes(engine: ZeroEngine) -> int:
     """Upper bound of a checkpoint: float32 weights and two moments, twice over for what the format adds."""
-    return 2 * 3 * 4 * sum(p.numel() for p in engine.objective.parameters())
+    return 2 * 3 * 4 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.objective.parameters())
 
 
 def save(
@@ -59,6 +61,10 @@ def save(
     folder = run / "checkpoints"
     final = folder / f"step_{step:08d}"
     partial = folder / _PARTIAL
+    # A loss can be finite whose gradients were not; such weights must not become the checkpoint to resume from.
+    finite = torch.stack([torch.isfinite(p).all() for p in engine.objective.parameters()]).all()
+    if world.any(not bool(finite)):
+        raise UserError(f"step {step}: a weight is not finite, nothing was saved; begin anew with lower learning rates")
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         files.require_space(folder, _state_bytes(engine))
@@ -94,12 +100,15 @@ def save(
         os.replace(written, final)
         files.sync(folder)
         shutil.rmtree(partial, ignore_errors=True)
-        _prune(folder, config.checkpoint.keep)
+        _prune(folder, final.name, config.checkpoint.keep)
     world.barrier()
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for path in sorted(folder.glob("step_*"))[:-keep]:
+def _prune(folder: Path, saved: str, keep: int) -> None:
+    """Keep `saved` and the `keep` - 1 before it. Later ones are broken: the run would have resumed from them."""
+    older = [path for path in sorted(folder.glob("step_*")) if path.name < saved]
+    newer = [path for path in folder.glob("step_*") if path.name > saved]
+    for path in newer + older[: max(0, len(older) - (keep - 1))]:
         shutil.rmtree(path)
 
 
@@ -119,13 +128,22 @@ def _inspect(path: Path) -> Checkpoint:
 
 
 def newest(run: Path, report: bool = True) -> Checkpoint | None:
-    """The newest good checkpoint of a run, or None. Broken ones are named on stderr and passed over."""
+    """The newest good checkpoint of a run, or None where there is none; broken ones are named on stderr.
+
+    UserError if there are checkpoints and none is good: a run must not begin anew by itself.
+    """
+    problems = []
     for path in sorted((run / "checkpoints").glob("step_*"), reverse=True):
         try:
-            return _inspect(path)
+            found = _inspect(path)
         except ValueError as problem:
-            if report:
-                print(f"gaitfast: {path} is broken ({problem}); using an older checkpoint", file=sys.stderr)
+            problems.append(f"{path} is broken ({problem})")
+            continue
+        if report and problems:
+            print(f"gaitfast: {'; '.join(problems)}; going on from step {found.step}", file=sys.stderr)
+        return found
+    if problems:
+        raise UserError(f"{'; '.join(problems)}; delete {run / 'checkpoints'} to begin anew")
     return None
 
 

@@ -59,17 +59,18 @@ def train(
     """
     iterations, every = config.train.iterations, config.eval.every
     # Reading the loss of every step is free on a CPU and a synchronization on a GPU, where it waits for the next log.
-    checks_each_step = world.device.type == "cpu"
+    checks_each_step = world.device.type == "cpu" and world.size == 1
     polling = 1 if world.size == 1 else min(10, config.log_every)
     stop = StopRequest()
 
     def require_finite(done: int) -> None:
         bad = meters.first_non_finite(done)
-        if bad is not None:
+        bad = world.smallest(done if bad is None else bad)  # every rank stops, or one would leave the others to wait
+        if bad < done:
             names = ", ".join(describe(bad))
             raise UserError(
                 f"step {bad}: the loss is not finite; the batch held {names}. The last checkpoint is untouched; "
-                "lower the learning rates or use train.precision=fp32, and run the same command again"
+                "begin anew in another run folder with lower learning rates or train.precision=fp32"
             )
 
     try:
@@ -86,8 +87,9 @@ def train(
             done = step + 1
 
             logging = done % config.log_every == 0 or done == iterations
-            asked = (stop.requested or done - start == config.train.stop_after) and done < iterations
-            stopping = world.any(asked) if done % polling == 0 else False
+            planned = done - start == config.train.stop_after
+            asked = planned or (done % polling == 0 and world.any(stop.requested))
+            stopping = asked and done < iterations
             saving = done % config.checkpoint.every == 0 or stopping or done == iterations
             if checks_each_step or logging or saving:
                 require_finite(done)

@@ -43,6 +43,14 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def smallest(self, value: int) -> int:
+        """The smallest value over the ranks; every rank must call it."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([value], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor.item())
+
 
 def _free_port() -> int:
     """A port for the rendezvous of a single process, drawn high so that two runs on one machine rarely meet."""

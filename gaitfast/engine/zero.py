@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -59,6 +60,7 @@ class ZeroEngine:
             weight_decay=config.optimizer.weight_decay,
             fused=fused,
         )
+        self._copy = copy.deepcopy(objective).to(world.device) if config.train.zero_stage == 3 else None
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective.to(world.device), optimizer=optimizer, config=deepspeed_config(config, world.size)
         )
@@ -85,13 +87,16 @@ class ZeroEngine:
         self.engine.backward(loss)
         self.engine.step()
 
-    @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Whole parameters on every rank inside the context (ZeRO-3 keeps them partitioned)."""
-        if self.config.train.zero_stage < 3:
-            yield
-            return
+    def whole(self) -> nn.Module:
+        """The objective with all its weights on every rank, for evaluation and export; every rank must call it.
+
+        It is the trained module itself, except under ZeRO-3, which keeps the weights partitioned and gathers them by
+        collectives inside every forward: there it is a copy, so that ranks may do different work with it.
+        """
+        if self._copy is None:
+            return self.objective
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(self.objective.parameters())):
-            yield
+            self._copy.load_state_dict(self.objective.state_dict())
+        return self._copy
