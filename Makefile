@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.gaitfast-ready
 SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: demo test test-gpu gpu-report lint format setup clean
+.PHONY: demo test test-gpu lint format setup clean
 
 setup: $(STAMP)
 

@@ -127,6 +127,10 @@ def _check(args: argparse.Namespace, protocol: str, dataset: PackedDataset) -> N
     for option, file in (("--json", args.json), ("--submission", args.submission)):
         if file and not Path(file).absolute().parent.is_dir():
             raise UserError(f"{option} {file}: no such folder {Path(file).absolute().parent}; create it first")
+        if file and Path(file).is_dir():
+            raise UserError(f"{option} {file}: is a folder; name a file")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed: lies in 0..2^63-1, got {args.seed}")
 
 
 def _join(device: str) -> world.World:

@@ -102,6 +102,9 @@ def test_published_figures_of_the_mean_silhouette_on_usf17(usf17, tmp_path):
         (["--mean-silhouette", "--frames-limit", "0"], "--frames-limit: must be positive"),
         (["--mean-silhouette", "--batch-frames", "0"], "--batch-frames: must be positive"),
         (["--mean-silhouette", "--json", "absent/figures.json"], "no such folder"),
+        (["--mean-silhouette", "--json", "."], "is a folder"),
+        (["--random", "smplgait:gait3d", "--seed", "-5"], "--seed: lies in 0..2^63-1"),
+        (["--random", "smplgait:gait3d", "--seed", "9" * 30], "--seed: lies in 0..2^63-1"),
     ],
 )
 def test_mistakes_get_one_line(walkers_dataset, capsys, options, message):

@@ -99,6 +99,11 @@ class Sampler:
             raise UserError(
                 f"data.split: {config.path or 'the dataset'} has no sequence in {config.split!r}; use another"
             )
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        if batch < 1:
+            raise UserError(f"train.batch: must be positive, got {batch}")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed: lies in 0..2^63-1, got {seed}")
         if batch % world_size:
             raise UserError(f"train.batch: {batch} does not divide by {world_size} ranks; choose a multiple")
         self.batch = batch
@@ -122,6 +127,7 @@ class Sampler:
         return self._sequences[picked]
 
     def __call__(self, step: int) -> Selection:
+        assert step >= 0, f"steps count from 0, got {step}"
         sequence = self.sequences(step)
         start = self._starts[sequence]
         length = self._starts[sequence + 1] - start

@@ -111,8 +111,11 @@ def _claim(out: Path, plan: Plan) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / MARKER).exists():
         raise UserError(f"{out}: not empty and not written by `gaitfast walkers`; give a new folder")
+    facts = json.dumps(dataclasses.asdict(plan)).encode()
+    if (out / MARKER).exists() and (out / MARKER).read_bytes() != facts:
+        raise UserError(f"{out}: holds walkers of other settings; delete the folder or give a new one")
     (out / "partition.json").unlink(missing_ok=True)
-    _write(out / MARKER, json.dumps(dataclasses.asdict(plan)).encode())
+    _write(out / MARKER, facts)
     if (out / "sequences").exists():
         shutil.rmtree(out / "sequences")
 

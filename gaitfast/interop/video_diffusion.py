@@ -30,8 +30,12 @@ class _Entry(NamedTuple):
 def load_state_dict(model: Denoiser, sd: Mapping[str, Tensor]) -> None:
     """Copy a reference checkpoint into `model`; nothing is copied unless everything fits.
 
+    A Unet3D's state_dict, also as its GaussianDiffusion holds it (`denoise_fn.`) or with `module.` before each key.
     UserError names the missing, unexpected, mis-shaped or non-finite entries.
     """
+    for prefix in ("module.", "denoise_fn."):  # beside the network, GaussianDiffusion saves its schedule
+        if any(key.startswith(prefix) for key in sd):
+            sd = {key.removeprefix(prefix): value for key, value in sd.items() if key.startswith(prefix)}
     entries = list(_entries(model))
     _check(entries, sd)
     own = model.state_dict()
@@ -55,7 +59,23 @@ def export_tensors(model: Denoiser, tensors: Mapping[str, Tensor]) -> dict[str, 
         rows = [tensor] * len(entry.theirs) if entry.shared else tensor.split([_rows(tensor, s) for s in entry.shapes])
         for key, shape, part in zip(entry.theirs, entry.shapes, rows):
             out[key] = part.reshape(shape).clone()
-    return out
+    return {key: out[key] for key in sorted(out, key=_reference_place)}
+
+
+def _reference_place(key: str) -> tuple:
+    """Where the reference's state_dict has `key`: by top-level module, then by level and by layer within it."""
+    top, *rest = key.split(".")
+    path = tuple((0, int(name)) if name.isdigit() else (1, _ORDER.index(name)) for name in rest if name != "fn")
+    return (_ORDER.index(top), path)
+
+
+_ORDER = (
+    *("null_cond_emb", "time_rel_pos_bias", "relative_attention_bias", "init_conv", "init_temporal_attn", "time_mlp"),
+    *("downs", "ups", "mid_block1", "mid_spatial_attn", "mid_temporal_attn", "mid_block2", "final_conv"),
+    *("mlp", "block1", "block2", "res_conv", "proj", "rotary_emb", "freqs", "to_qkv", "to_out", "norm", "gamma"),
+    *("weight", "bias"),
+)
+"""The names in the reference's keys in the order in which it registers them."""
 
 
 def _rows(tensor: Tensor, shape: tuple[int, ...]) -> int:

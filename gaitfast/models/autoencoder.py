@@ -82,6 +82,8 @@ class Autoencoder(nn.Module):
         self.no_decoder = ""
         """Why there is no decoder."""
         self.facts: dict[str, str] = {}
+        self.foreign: set[str] = set()
+        """The halves whose weights came after the model was built: a decoder loaded before its encoder stays."""
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -168,9 +170,12 @@ def fuses(dtype: torch.dtype) -> bool:
 def original_keys(weights: Mapping[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:
     """The weights under TAESD's own keys, `{"encoder": {...}, "decoder": {...}}`, a half that is absent left out.
 
-    Known styles: original with both halves (`encoder.N...`), original of one half (`N...`) and diffusers
-    (`encoder.layers.N...`; its decoder has no clamp layer, so N is one less). UserError for anything else.
+    Known styles: original, both halves (`encoder.N...`, or one dict a half) or one half alone (`N...`),
+    and diffusers (`encoder.layers.N...`; its decoder has no clamp layer, so N is one less). UserError for anything
+    else.
     """
+    if weights.keys() <= {"encoder", "decoder"} and all(isinstance(half, Mapping) for half in weights.values()):
+        weights = {f"{half}.{key}": value for half, state in weights.items() for key, value in state.items()}
     bare = "encoder" if "0.weight" in weights else "decoder"
     halves: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
@@ -204,7 +209,8 @@ def load_weights(model: Autoencoder, weights: Mapping[str, Tensor], source: str 
             module.train(model.training).requires_grad_(like.requires_grad)
             setattr(model, half, module)
         module.load_state_dict(state)
-    if "decoder" not in halves:
+    model.foreign |= halves.keys()
+    if "decoder" not in model.foreign:
         model.decoder = None
         model.no_decoder = f"{source} holds only an encoder"
 
@@ -256,4 +262,5 @@ def build_autoencoder(weights: str | Path = "builtin") -> Autoencoder:
             model.no_decoder = f"{beside}, beside the official encoder, has no known digest"
         else:
             load_weights(model, read_weights(beside)[0], str(beside))
+    model.foreign = set()
     return model.eval().requires_grad_(False)

@@ -41,7 +41,12 @@ def arrange_clips(silhouettes: Tensor, lengths: Sequence[int] | Tensor | None) -
     assert silhouettes.shape[0] >= 1 and silhouettes.shape[1] >= 1, "a batch needs at least one clip of one frame"
     if lengths is None:
         return silhouettes, silhouettes.shape[1]
-    lengths = [int(length) for length in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+    lengths = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if len(lengths) == 1 and isinstance(lengths[0], (list, tuple)):
+        lengths = lengths[0]  # OpenGait's seqL, a list in a list
+    lengths = [int(length) for length in lengths]
+    if lengths == [silhouettes.shape[1]] * len(silhouettes):
+        return silhouettes, silhouettes.shape[1]  # a batch of fixed length that says so
     assert lengths and min(lengths) >= 1, f"every clip has at least one frame, got lengths {lengths}"
     assert silhouettes.shape[0] == 1 and sum(lengths) == silhouettes.shape[1], (
         f"packed silhouettes are (1, {sum(lengths)}, 64, 44) for these lengths, got {tuple(silhouettes.shape)}"

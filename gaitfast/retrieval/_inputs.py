@@ -80,7 +80,7 @@ def _code_array(codes: Any, side: str, length: int) -> np.ndarray:
     require(not isinstance(codes, (str, bytes)), f"{side}: needs one value per row, got a single string")
     require(len(codes) == length, f"{side}: {len(codes)} values for {length} rows")
     if not isinstance(codes, np.ndarray):
-        codes = list(codes)
+        codes = [code.item() if isinstance(code, torch.Tensor) and code.ndim == 0 else code for code in codes]
         kinds = {"string" if isinstance(c, str) else type(c).__name__ for c in codes}
         integers = all(isinstance(c, (int, np.integer)) and not isinstance(c, bool) for c in codes)
         require(integers or kinds == {"string"}, f"{side}: values are all strings or all integers, got {sorted(kinds)}")

@@ -43,7 +43,7 @@ class ProbeRanks:
         """Means over the probes, in percent. See `rank_report`."""
         require(unmatched in ("drop", "miss"), f"unmatched: is drop or miss, got {unmatched!r}")
         for k in ranks:
-            require(isinstance(k, int) and k >= 1, f"ranks: are positive integers, got {k!r}")
+            require(hasattr(k, "__index__") and k >= 1, f"ranks: are positive integers, got {k!r}")
         matched = self.positives > 0
         missing = len(matched) - int(matched.sum())
         require(missing < len(matched), "query_ids and gallery_ids: no probe has a match in the gallery")

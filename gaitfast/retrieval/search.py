@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def search(
     """
     check_metric(metric)
     queries, gallery = check_pair(queries, gallery)
-    require(isinstance(k, int) and not isinstance(k, bool), f"k: must be an integer, got {k!r}")
+    require(hasattr(k, "__index__") and not isinstance(k, bool), f"k: must be an integer, got {k!r}")
+    k = operator.index(k)
     require(1 <= k <= len(gallery), f"k: lies in 1..{len(gallery)} (the gallery's size), got {k}")
     require(tile >= 1, f"tile: must be positive, got {tile}")
     exclusion = Exclusion(exclude, (len(queries), len(gallery)), queries.device)

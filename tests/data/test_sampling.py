@@ -183,3 +183,15 @@ def test_an_empty_split_and_an_indivisible_batch_are_named():
         Sampler(np.array([0, 4]), np.array([], np.int64), DataConfig(), seed=0, batch=1)
     with pytest.raises(UserError, match=r"train\.batch: 4 does not divide by 3 ranks"):
         sampler([9] * 8, batch=4, world_size=3)
+
+
+def test_what_is_out_of_range_is_refused():
+    with pytest.raises(UserError, match="train.batch: must be positive"):
+        sampler([20], batch=0)
+    with pytest.raises(UserError, match="seed: lies in"):
+        sampler([20], seed=-1)
+    for wrong in ({"rank": 2, "world_size": 2}, {"rank": -1, "world_size": 2}):
+        with pytest.raises(AssertionError, match="rank"):
+            sampler([20], **wrong)
+    with pytest.raises(AssertionError, match="steps count from 0"):
+        sampler([20])(-1)

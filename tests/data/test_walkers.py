@@ -319,9 +319,14 @@ def test_files_depend_neither_on_workers_nor_on_the_number_of_people(tmp_path):
 
 def test_own_folder_is_written_again_and_a_foreign_one_is_refused(tmp_path):
     out = tmp_path / "out"
-    walkers.generate(out, 3, 1, 2, (4, 4), workers=1)
     walkers.generate(out, 1, 1, 2, (4, 4), workers=1)
-    assert sorted(path.name for path in (out / "sequences").iterdir()) == ["0000", "0001"]
+    before = files(out)
+    next((out / "sequences").rglob("*.pkl")).unlink()
+    walkers.generate(out, 1, 1, 2, (4, 4), workers=1)
+    assert files(out) == before
+    with pytest.raises(UserError, match="other settings"):
+        walkers.generate(out, 3, 1, 2, (4, 4), workers=1)
+    assert files(out) == before
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "precious.txt").write_text("mine")

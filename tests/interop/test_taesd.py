@@ -98,6 +98,17 @@ def test_halves_in_files_of_their_own(golden_weights, golden_outputs):
         assert error(model.encode(golden_frames()), golden_outputs["latent"]) < 1e-4
 
 
+def test_the_halves_may_come_in_any_order_and_form(golden_weights):
+    first, second = build_autoencoder(), build_autoencoder()
+    for name in ("decoder", "encoder"):
+        taesd.load_state_dict(first, half(golden_weights, name))
+    taesd.load_state_dict(second, {name: half(golden_weights, name) for name in ("encoder", "decoder")})
+    for model in (first, second):
+        ours = taesd.state_dict(model)
+        assert ours.keys() == golden_weights.keys()
+        assert all(torch.equal(ours[key], golden_weights[key]) for key in ours)
+
+
 def test_the_model_keeps_its_dtype_mode_and_place_of_weights():
     model = Autoencoder(width=16).double().eval().requires_grad_(False)
     weights = taesd.state_dict(Autoencoder(width=16))

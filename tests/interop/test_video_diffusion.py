@@ -25,9 +25,18 @@ def test_reference_checkpoint_survives_the_round_trip_bit_for_bit(checkpoint):
     model = build_denoiser(32)
     video_diffusion.load_state_dict(model, checkpoint)
     out = video_diffusion.state_dict(model)
-    assert len(out) == 237 and out.keys() == checkpoint.keys()
+    assert len(out) == 237 and list(out) == list(checkpoint)  # in the reference's order too
     for key, value in checkpoint.items():
         assert out[key].shape == value.shape and out[key].dtype == value.dtype and torch.equal(out[key], value), key
+
+
+@pytest.mark.parametrize("prefix", ["module.", "denoise_fn.", "module.denoise_fn."])
+def test_wrapped_checkpoints_are_unwrapped(checkpoint, prefix):
+    plain, wrapped = build_denoiser(32), build_denoiser(32, seed=1)
+    video_diffusion.load_state_dict(plain, checkpoint)
+    schedule = {prefix.removesuffix("denoise_fn.") + "betas": torch.ones(1000)} if "denoise_fn" in prefix else {}
+    video_diffusion.load_state_dict(wrapped, {prefix + key: value for key, value in checkpoint.items()} | schedule)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in wrapped.state_dict().items())
 
 
 def test_own_weights_survive_the_round_trip_bit_for_bit():

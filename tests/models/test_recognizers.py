@@ -339,3 +339,14 @@ def test_wrong_width_and_method():
 def test_malformed_batches_are_refused(batch, lengths):
     with pytest.raises(AssertionError):
         small("gaitset").backbone(batch, lengths)
+
+
+def test_lengths_in_opengaits_form_and_of_a_fixed_batch():
+    model = small("smplgait").eval()
+    packed, batch = silhouettes(1, 10), silhouettes(2, 5)
+    expected = model(packed, [3, 5, 2]).features
+    assert torch.equal(model(packed, [[3, 5, 2]]).features, expected)
+    assert torch.equal(model(packed, torch.tensor([[3, 5, 2]])).features, expected)
+    assert torch.equal(model(batch, [5, 5]).features, model(batch).features)
+    with pytest.raises(AssertionError):
+        model(batch, [5, 4])
