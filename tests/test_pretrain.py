@@ -113,7 +113,7 @@ def test_the_portable_backbone_loads(undisturbed):
         return build_recognizer(section["name"], section["variant"], width=section["width"]).backbone
 
     backbone, metadata = load_backbone(undisturbed / "backbone.safetensors", build)
-    assert metadata["step"] == 40
+    assert metadata["step"] == metadata["metrics"]["step"] == 40
     assert not backbone.training
 
 
@@ -168,6 +168,21 @@ def test_two_ranks_train_as_one(undisturbed, runner):
     assert list(two.values()) == pytest.approx(list(one.values()), rel=2e-4)
     a, b = runner.rows("one", "evaluations.jsonl"), runner.rows("two", "evaluations.jsonl")
     assert a[0]["loss_same"] == pytest.approx(b[0]["loss_same"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_partitioned_weights_on_two_ranks_stop_resume_and_evaluate(runner):
+    options = ("train.iterations=6", "eval.every=2", "train.zero_stage=3", "backbone.width=0.5")
+    assert "stopped cleanly after step 3" in runner("partitioned", *options, "train.stop_after=3", ranks=2)
+    runner("partitioned", *options, ranks=2)
+    runner("whole-weights", "train.iterations=6", "eval.every=2", "backbone.width=0.5")
+    ours, theirs = runner.losses("partitioned"), runner.losses("whole-weights")
+    assert list(ours) == list(theirs) == [1, 2, 3, 4, 5, 6]
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=2e-4)
+    rows = runner.rows("partitioned", "evaluations.jsonl")
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    for row, other in zip(rows, runner.rows("whole-weights", "evaluations.jsonl")):
+        assert row["loss_same"] == pytest.approx(other["loss_same"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -186,7 +186,7 @@ def test_an_empty_split_and_an_indivisible_batch_are_named():
 
 
 def test_what_is_out_of_range_is_refused():
-    with pytest.raises(UserError, match="train.batch: must be positive"):
+    with pytest.raises(UserError, match="must be positive"):
         sampler([20], batch=0)
     with pytest.raises(UserError, match="seed: lies in"):
         sampler([20], seed=-1)

@@ -133,6 +133,20 @@ def test_the_newest_good_checkpoint_is_found(tmp_path, capsys, damage):
     assert "step_00000010 is broken" in capsys.readouterr().err
 
 
+def test_a_run_does_not_begin_anew_by_itself(tmp_path):
+    for step in (5, 10):
+        (write_checkpoint(tmp_path, step) / "state.pt").unlink()
+    with pytest.raises(UserError, match="step_00000010 is broken.*step_00000005 is broken.*to begin anew"):
+        checkpoint.newest(tmp_path)
+
+
+def test_pruning_keeps_what_was_just_saved(tmp_path):
+    for step in (5, 10, 15, 20, 25):
+        write_checkpoint(tmp_path, step)
+    checkpoint._prune(tmp_path / "checkpoints", "step_00000015", keep=2)  # 20 and 25 were broken, or 15 were not new
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000015"]
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoint.newest(tmp_path) is None
 
