@@ -136,7 +136,7 @@ def test_the_newest_good_checkpoint_is_found(tmp_path, capsys, damage):
 def test_a_run_does_not_begin_anew_by_itself(tmp_path):
     for step in (5, 10):
         (write_checkpoint(tmp_path, step) / "state.pt").unlink()
-    with pytest.raises(UserError, match="step_00000010 is broken.*step_00000005 is broken.*to begin anew"):
+    with pytest.raises(UserError, match=r"step_00000010 is broken.*step_00000005 is broken.*to begin anew"):
         checkpoint.newest(tmp_path)
 
 
