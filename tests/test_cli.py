@@ -26,7 +26,7 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == f"gaitfast {gaitfast.__version__}"
 
 
-@pytest.mark.parametrize("arguments", [[], ["walk"], ["prepare"], ["rank", "--dataset"]])
+@pytest.mark.parametrize("arguments", [[], ["walk"], ["rank"], ["rank", "--dataset"]])
 def test_wrong_words_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)

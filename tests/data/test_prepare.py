@@ -232,9 +232,10 @@ def test_verify_names_what_is_damaged(tree, tmp_path, capsys):
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 COMMAND = """
-import argparse
+import argparse, signal
 from gaitfast.data import prepare
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background without it
     parser = argparse.ArgumentParser()
     prepare.configure(parser)
     raise SystemExit(prepare.main(parser.parse_args()))

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 import resource
+import shutil
 import time
 
 import cv2
@@ -351,8 +352,8 @@ def test_a_write_that_fails_leaves_no_half_pickle_and_one_clear_line(tmp_path, w
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     else:
-        out.mkdir()
-        (out / walkers.MARKER).touch()
+        walkers.generate(out, 1, 1, 2, (4, 4), workers=1)
+        shutil.rmtree(out / "sequences")
         (out / "sequences").symlink_to("/dev/full")
         with pytest.raises(UserError, match="cannot be written"):
             walkers.generate(out, 1, 1, 2, (4, 4), workers=2)
