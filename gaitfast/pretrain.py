@@ -186,9 +186,9 @@ class Pretraining:
             self.evaluations.add(row)
             self.meters.evaluation(step, row)
             self.meters.say(
-                f"step {step}: rank-1 {row['rank1']:.1f} %, gap {row['gap']:.4f}, "
-                f"loss self {row['loss_self']:.4f}, same {row['loss_same']:.4f}, other {row['loss_other']:.4f}, "
-                f"null {row['loss_null']:.4f}"
+                f"step {step}: rank-1 {row['rank1']:.1f} %, gap {row['gap']:.4f}; "
+                f"denoising loss {row['loss_same']:.4f}, {row['identity']:+.4%} with another person's feature, "
+                f"{row['loss_null'] / row['loss_same'] - 1:+.4%} with none"
             )
 
     def save(self, step: int) -> None:
