@@ -340,8 +340,9 @@ def write_facts(
     index: ShardRecord,
     records: Sequence[ShardRecord],
     partition: dict | None,
+    findings: dict | None = None,
 ) -> None:
-    """Write dataset.json, the last file of a dataset."""
+    """Write dataset.json, the last file of a dataset. `findings`: what `gaitfast prepare` noticed (see packing.py)."""
     facts = {
         "format": FORMAT,
         "version": VERSION,
@@ -352,6 +353,7 @@ def write_facts(
         "frame": {"dtype": "uint8", "shape": list(codec.FRAME_SHAPE), "codec": "lz4-block"},
         "order": "id, then type, then view, by Unicode code point",
         "partition": partition,
+        "findings": findings or {},
         "index": index._asdict(),
         "shards": [record._asdict() for record in records],
     }
