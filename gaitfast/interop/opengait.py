@@ -19,6 +19,8 @@ from gaitfast.models.recognizer import VARIANTS, Recognizer, build_recognizer
 
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _CLASSIFIERS = ("BNNecks.", "Head1.")
+TRAINING_IDENTITIES = {"casia-b": 74, "gait3d": 3000, "ou-mvlp": 5153, "grew": 20000}
+"""Classes of the published checkpoints: the identities of each training set."""
 
 
 class LoadReport(NamedTuple):
@@ -116,18 +118,25 @@ def load_state_dict(
 
 
 def identify(sd: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """The (name, variant) pairs, at published width, whose backbone these OpenGait weights fit; empty if none does."""
-    shapes = {key: tuple(value.shape) for key, value in _strip_prefix(sd).items()}
-    fits = []
+    """The (name, variant) pairs, at published width, whose backbone these OpenGait weights hold; empty if none does.
+
+    Of those, the ones that leave the fewest keys without a place: GaitPart's network contains another one's, and
+    variants differ in the head. First the variant that has as many training identities as the file has classes.
+    """
+    weights = _strip_prefix(sd)
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    classes = num_classes(weights)
+    fits: dict[tuple[str, str], int] = {}
     for name, variants in VARIANTS.items():
         for variant in variants:
             with torch.device("meta"):
-                model = build_recognizer(name, variant)
+                model = build_recognizer(name, variant, classes)
             own = model.state_dict()
-            entries = _select(model, "backbone")
-            if all(shapes.get(entry.key) == tuple(_slice(own[entry.own], entry).shape) for entry in entries):
-                fits.append((name, variant))
-    return fits
+            placed = [e for e in _select(model, "all") if shapes.get(e.key) == tuple(_slice(own[e.own], e).shape)]
+            if {e.key for e in _select(model, "backbone")} <= {e.key for e in placed}:
+                fits[name, variant] = len(weights) - len(placed)
+    best = [fit for fit, surplus in fits.items() if surplus == min(fits.values())]
+    return sorted(best, key=lambda fit: TRAINING_IDENTITIES.get(fit[1].removesuffix("-bnneck")) != classes)
 
 
 def num_classes(sd: Mapping[str, Tensor]) -> int | None:
