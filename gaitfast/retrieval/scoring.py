@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,15 +23,19 @@ class Table:
     rows: list[str]
     columns: list[str]
     values: list[list[float | None]]
+    row_means: list[float] = field(default_factory=list)
+    """Of each row, over the cells that count: what publications print per probe view."""
 
 
 class Evaluation(dict):
-    """Metrics in percent, `rank1` always among them; `.tables` by view, where the protocol has them; counts."""
+    """Metrics in percent, `rank1` always among them; `.tables` by view, where the protocol has them; counts; `.notes`,
+    lines on what keeps the figures from being comparable."""
 
     def __init__(self, metrics: dict[str, float], *, probes: int, gallery: int, unmatched: int) -> None:
         super().__init__(metrics)
         self.probes, self.gallery, self.unmatched = probes, gallery, unmatched
         self.tables: list[Table] = []
+        self.notes: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def pooled(
 ) -> Evaluation:
     """One mean over all probes; with several groups also the rank-1 of each, and of the ids outside TRAIN_SET."""
     results = [_ranks(features, labels, part, search_options) for part in split.values()]
+    for name, result in zip(split, results):
+        _need_match(labels, result.positives > 0, f" of {name}" if name else "")
     pooled = ProbeRanks(*(torch.cat([getattr(r, f) for r in results]) for f in ProbeRanks.__dataclass_fields__))
     report = pooled.report(ranks, unmatched)
     metrics = dict(report)
@@ -88,6 +94,16 @@ def _ranks(
     return probe_ranks(features[probes], features[gallery], *ids, exclude=exclude, **search_options)
 
 
+def _need_match(labels: Labels, matched: torch.Tensor | np.ndarray, which: str, where: str = "gallery") -> None:
+    """UserError if not one probe has a match: a figure of 0 % would say something about the features, and this does
+    not."""
+    if not bool(matched.any()):
+        raise UserError(
+            f"{labels.source}: no probe{which} has a match in the {where}, so there is nothing to rank; the ids of the"
+            " two sides differ"
+        )
+
+
 def _gallery_size(split: dict[str, Split]) -> int:
     return len(np.unique(np.concatenate([part.gallery for part in split.values()])))
 
@@ -104,6 +120,8 @@ def view_by_view(
     tables = []
     unmatched = 0
     for name, (probes, gallery) in split.items():
+        matched = np.isin(labels.subject[probes], labels.subject[gallery])
+        _need_match(labels, matched, f" of {name}" if name else "")
         probe_views, gallery_views = (sorted(set(labels.view[rows].tolist())) for rows in (probes, gallery))
         values = np.full((len(probe_views), len(gallery_views)), np.nan)
         for column, view in enumerate(gallery_views):
@@ -115,10 +133,11 @@ def view_by_view(
                     values[row, column] = 100.0 * hits[labels.view[probes] == probe_view].mean()
         if np.isnan(values).all(1).any():
             raise UserError(f"{labels.source}: only one gallery view, so no view but the identical one to compare with")
-        unmatched += int((~np.isin(labels.subject[probes], labels.subject[gallery])).sum())
-        metrics[f"rank1_{name}" if name else "rank1"] = float(np.nanmean(values, axis=1).mean())
+        unmatched += int((~matched).sum())
+        row_means = np.nanmean(values, axis=1)
+        metrics[f"rank1_{name}" if name else "rank1"] = float(row_means.mean())
         cells = [[None if np.isnan(value) else float(value) for value in row] for row in values]
-        tables.append(Table(f"rank-1 {name}".strip(), probe_views, gallery_views, cells))
+        tables.append(Table(f"rank-1 {name}".strip(), probe_views, gallery_views, cells, row_means.tolist()))
     metrics.setdefault("rank1", float(np.mean(list(metrics.values()))))
     probes = sum(len(part.probes) for part in split.values())
     result = Evaluation(metrics, probes=probes, gallery=_gallery_size(split), unmatched=unmatched)
@@ -129,7 +148,10 @@ def view_by_view(
 def all_views(
     features: torch.Tensor, labels: Labels, split: dict[str, Split], search_options: dict[str, Any]
 ) -> Evaluation:
-    """All gallery views at once without the same person in the identical view; means over probe views of means."""
+    """All gallery views at once without the same person in the identical view; means over probe views of means.
+
+    A probe whose person is in no other view of the gallery is left out of the means of its view.
+    """
     subject, view = (np.unique(x, return_inverse=True)[1] for x in (labels.subject, labels.view))
     person_and_view = subject * (view.max() + 1) + view
     metrics: dict[str, list[float]] = {}
@@ -139,7 +161,10 @@ def all_views(
         result = _ranks(features, labels, part, search_options, exclude)
         per_view = []
         for one in np.unique(view[part.probes]):
-            per_view.append(result[torch.from_numpy(view[part.probes] == one)].report((1,)))
+            own = result[torch.from_numpy(view[part.probes] == one)]
+            label = labels.view[part.probes][view[part.probes] == one][0]
+            _need_match(labels, own.positives > 0, f"{f' of {name}' if name else ''} in view {label}", "other views")
+            per_view.append(own.report((1,)))
             unmatched += per_view[-1].unmatched
         for key in ("rank1", "mAP"):
             mean = float(np.mean([report[key] for report in per_view]))
