@@ -7,6 +7,7 @@ order. Loading is all or nothing: every key and shape is checked before the firs
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -43,8 +44,17 @@ class _Entry(NamedTuple):
     """(p, P): the p-th of P equal slices of our tensor, where OpenGait has a module per part."""
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
-    """The weights of an OpenGait checkpoint (a dict with the entry "model") or of a bare state dict, on the CPU.
+class Checkpoint(NamedTuple):
+    """What is read from a file of OpenGait."""
+
+    weights: dict[str, Tensor]
+    """On the CPU, under OpenGait's keys."""
+    iteration: int | None
+    """None where the file does not say."""
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """An OpenGait checkpoint (a dict with the entry "model") or a bare state dict.
 
     Only tensors and plain containers are unpickled: a file that wants to run code is refused. UserError otherwise.
     """
@@ -61,7 +71,18 @@ def read(path: str | Path) -> dict[str, Tensor]:
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f'{path}: holds no state dict, neither as entry "model" nor as a whole')
-    return dict(weights)
+    iteration = content.get("iteration")
+    return Checkpoint(dict(weights), iteration if type(iteration) is int and iteration >= 0 else None)
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The weights of `read_checkpoint`."""
+    return read_checkpoint(path).weights
+
+
+def write_checkpoint(path: str | Path, weights: Mapping[str, Tensor], iteration: int) -> None:
+    """A file that OpenGait restores from, without optimizer and scheduler, which it then starts anew."""
+    torch.save({"model": OrderedDict(weights), "iteration": iteration}, path)
 
 
 def state_dict(model: Recognizer, part: str = "all", *, old_bnneck_order: bool = False) -> dict[str, Tensor]:
@@ -139,11 +160,24 @@ def identify(sd: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     return sorted(best, key=lambda fit: TRAINING_IDENTITIES.get(fit[1].removesuffix("-bnneck")) != classes)
 
 
+def holds_head(model: Recognizer, sd: Mapping[str, Tensor]) -> bool:
+    """Whether any of these OpenGait keys belongs to the model's head."""
+    head = {entry.key for entry in _select(model, "all")} - {entry.key for entry in _select(model, "backbone")}
+    return not head.isdisjoint(_strip_prefix(sd))
+
+
 def num_classes(sd: Mapping[str, Tensor]) -> int | None:
     """The classes that these OpenGait weights were trained for; None without a classifier."""
     weights = _strip_prefix(sd)
-    found = [weights[f"{name}fc_bin"].shape[-1] for name in _CLASSIFIERS if f"{name}fc_bin" in weights]
-    return found[0] if found else None
+    for key in (f"{name}fc_bin" for name in _CLASSIFIERS):
+        if key in weights:
+            shape = tuple(weights[key].shape)
+            if len(shape) != 3:
+                raise UserError(
+                    f"checkpoint: {key} has shape {shape}, not (parts, channels, classes); get another copy"
+                )
+            return shape[2]
+    return None
 
 
 def _strip_prefix(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
