@@ -172,5 +172,6 @@ def all_views(
             if name:
                 metrics[f"{key}_{name}"] = [mean]
     probes = sum(len(part.probes) for part in split.values())
-    means = {key: float(np.mean(values)) for key, values in metrics.items()}
+    order = sorted(metrics, key=lambda key: "_" in key)  # the figures over all groups first
+    means = {key: float(np.mean(metrics[key])) for key in order}
     return Evaluation(means, probes=probes, gallery=_gallery_size(split), unmatched=unmatched)

@@ -247,6 +247,23 @@ def test_a_dataset_without_a_partition_or_a_gallery(tmp_path):
         protocols.check("auto", data)
 
 
+def test_a_gallery_that_is_empty_is_named(tmp_path):
+    keys = [("a", "c", "seq0"), ("a", "c", "seq1")]
+    data = dataset(tmp_path, keys, "gait3d", probe=["-".join(key) for key in keys])
+    with pytest.raises(UserError, match=r"no gallery \(all are probes\)"):
+        protocols.check("auto", data)
+    data = dataset(tmp_path / "b", [("075", "nm-05", "000"), ("075", "bg-01", "000")], "casia-b")
+    with pytest.raises(UserError, match="no gallery of type nm-01, nm-02"):
+        protocols.check("auto", data)
+
+
+def test_embeddings_that_are_no_numbers_are_refused(tmp_path):
+    data, x = casia_b(tmp_path)
+    x[7, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        protocols.evaluate("auto", data, x)
+
+
 def test_embeddings_must_fit_the_sequences(tmp_path):
     data, x = casia_b(tmp_path)
     with pytest.raises(UserError, match="119 rows for 120 sequences"):
