@@ -20,18 +20,18 @@ from typing import Any
 import torch
 
 from gaitfast.cli import user_errors
-from gaitfast.config import BackboneConfig, TransferConfig, UserError, load
+from gaitfast.config import TransferConfig, UserError, load
 from gaitfast.data.batch import RecognitionBatch
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.pipeline import build_loader
 from gaitfast.data.sampling import PeopleSampler
 from gaitfast.engine import world
 from gaitfast.engine.embed import embed
-from gaitfast.engine.portable import load_backbone, save_backbone, save_recognizer
+from gaitfast.engine.portable import save_backbone, save_recognizer
 from gaitfast.engine.run import TrainingRun
 from gaitfast.engine.zero import Group, ZeroEngine, stepped_factor
-from gaitfast.interop import opengait
 from gaitfast.measure import rank_unseen
+from gaitfast.model_files import describe_model, is_pytorch, read_model
 from gaitfast.models import build_recognizer
 from gaitfast.models.recognizer import INITIALIZATIONS, Recognizer, initialize
 from gaitfast.recognition import RecognitionObjective
@@ -56,40 +56,26 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def initialize_from(recognizer: Recognizer, init: str, seed: int = 0) -> None:
-    """Give a fresh recognizer the weights that `transfer.init` names; the head stays as drawn from `seed`.
+def initialize_from(recognizer: Recognizer, config: TransferConfig) -> None:
+    """Give a fresh recognizer the weights that `transfer.init` names; from a file, the backbone's alone.
 
-    UserError for a file that holds another model or width, or no backbone.
+    UserError for a file that holds another network than the recognizer's backbone.
     """
+    init, ours = config.transfer.init, config.backbone
     if init in INITIALIZATIONS:
-        initialize(recognizer, init, seed)
-    elif not Path(init).suffix and not Path(init).exists():
+        initialize(recognizer, init, config.seed)
+        return
+    if not Path(init).suffix and not Path(init).exists():
         raise UserError(f"transfer.init: {init!r} is neither a file nor one of {', '.join(INITIALIZATIONS)}")
-    elif Path(init).suffix in (".pt", ".pth"):
-        weights = opengait.read(init)
-        try:
-            opengait.load_state_dict(recognizer, weights, "backbone")
-        except UserError as error:
-            raise UserError(f"{init}: {error}") from None
-    else:
-        load_backbone(init, lambda config: _same_backbone(recognizer, config, init))
-
-
-def _same_backbone(recognizer: Recognizer, config: dict[str, Any], path: str) -> torch.nn.Module:
-    """The recognizer's backbone, if it is the network that the file's config names. Variants may share one."""
-    try:
-        theirs = BackboneConfig(**config["backbone"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: its config does not describe a backbone ({error})") from None
-    with torch.device("meta"):
-        other = build_recognizer(theirs.name, theirs.variant, width=theirs.width).backbone
-    shapes = [{k: tuple(v.shape) for k, v in b.state_dict().items()} for b in (other, recognizer.backbone)]
-    if theirs.name != recognizer.name or shapes[0] != shapes[1]:
+    file = read_model(init, "backbone", model=ours if is_pytorch(init) else None)
+    weights, own = file.recognizer.backbone.state_dict(), recognizer.backbone.state_dict()
+    alike = weights.keys() == own.keys() and all(weights[name].shape == own[name].shape for name in own)
+    if file.config.name != ours.name or not alike:  # variants may share a backbone
         raise UserError(
-            f"{path}: holds {theirs.name}/{theirs.variant} of width {theirs.width:g}, which is another network than"
-            f" this run's {recognizer.name}/{recognizer.variant}; set backbone.name, .variant and .width to match"
+            f"{init}: holds {describe_model(file.config)}, this run trains {describe_model(ours)}; "
+            "set backbone.name, backbone.variant and backbone.width to the file's"
         )
-    return recognizer.backbone
+    recognizer.backbone.load_state_dict(weights)
 
 
 class Transfer(TrainingRun):
@@ -123,7 +109,7 @@ class Transfer(TrainingRun):
         if self.classes and recognizer.state_dict().keys() == self.ranker.state_dict().keys():
             raise UserError(f"identity.weight: {backbone.name} has no classifier; set identity.weight=0")
         if not self.found:
-            initialize_from(recognizer, config.transfer.init, config.seed)
+            initialize_from(recognizer, config)
         objective = RecognitionObjective(
             recognizer.train(),
             triplet_weight=config.triplet.weight,
