@@ -16,9 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from gaitfast import names
 from gaitfast.config import UserError
-from gaitfast.retrieval.scoring import RANKS, Evaluation, Labels, Split, all_views, pooled, view_by_view
+from gaitfast.retrieval import cautions
+from gaitfast.retrieval.scoring import (
+    RANKS,
+    Evaluation,
+    Labels,
+    Split,
+    all_views,
+    need_matches,
+    need_matches_across_views,
+    need_other_view,
+    pooled,
+    view_by_view,
+)
 from gaitfast.retrieval.search import search
 
 _CASIA_GALLERY = ("nm-01", "nm-02", "nm-03", "nm-04")
@@ -41,6 +52,8 @@ class Protocol:
     split: Callable[[Labels], dict[str, Split]]
     """Probes and gallery by name of the group; UserError where the dataset has not what the protocol needs."""
     score: Callable[[torch.Tensor, Labels, dict[str, Split], dict[str, Any]], Evaluation]
+    need: Callable[[Labels, dict[str, Split]], None] = need_matches
+    """UserError where there would be no figure, by the labels alone."""
     options: dict[str, Any] = field(default_factory=dict)
     types: tuple[str, ...] = ()
     """Types that it looks for by name."""
@@ -93,15 +106,29 @@ def _ou_mvlp(labels: Labels) -> dict[str, Split]:
 PROTOCOLS = {
     "gait3d": Protocol("test", _by_probe_set, pooled),
     "walkers": Protocol("test", _by_probe_set, pooled),
-    "grew": Protocol("test", _grew, pooled, {"ranks": (*RANKS, 20), "unmatched": "miss"}, ("01", "02", "03")),
+    "grew": Protocol(
+        "test", _grew, pooled, options={"ranks": (*RANKS, 20), "unmatched": "miss"}, types=("01", "02", "03")
+    ),
     "casia-b": Protocol(
-        "test", _casia_b(_CASIA_GALLERY, _CASIA_PROBES), view_by_view, types=_CASIA_TYPES, views=_CASIA_VIEWS
+        "test",
+        _casia_b(_CASIA_GALLERY, _CASIA_PROBES),
+        view_by_view,
+        need_other_view,
+        types=_CASIA_TYPES,
+        views=_CASIA_VIEWS,
     ),
     "casia-b-all-views": Protocol(
-        "test", _casia_b(_CASIA_CROSS_GALLERY, _CASIA_CROSS_PROBES), all_views, types=_CASIA_TYPES, views=_CASIA_VIEWS
+        "test",
+        _casia_b(_CASIA_CROSS_GALLERY, _CASIA_CROSS_PROBES),
+        all_views,
+        need_matches_across_views,
+        types=_CASIA_TYPES,
+        views=_CASIA_VIEWS,
     ),
-    "ou-mvlp": Protocol("test", _ou_mvlp, view_by_view, types=_OU_MVLP_TYPES, views=_OU_MVLP_VIEWS),
-    "ou-mvlp-all-views": Protocol("test", _ou_mvlp, all_views, types=_OU_MVLP_TYPES, views=_OU_MVLP_VIEWS),
+    "ou-mvlp": Protocol("test", _ou_mvlp, view_by_view, need_other_view, types=_OU_MVLP_TYPES, views=_OU_MVLP_VIEWS),
+    "ou-mvlp-all-views": Protocol(
+        "test", _ou_mvlp, all_views, need_matches_across_views, types=_OU_MVLP_TYPES, views=_OU_MVLP_VIEWS
+    ),
     "usf17": Protocol("all", _usf17, pooled, types=("Gal", *(f"Prb{letter}" for letter in "ABCDEFG"))),
 }
 """gait3d, walkers: the partition's PROBE_SET against all other test sequences.
@@ -139,10 +166,9 @@ def sequences(protocol: str, dataset: Any) -> np.ndarray:
 
 
 def check(protocol: str, dataset: Any) -> None:
-    """UserError if the dataset has not what the protocol needs: a partition, probes, gallery, names without doubt."""
-    rule, labels = PROTOCOLS[resolve(protocol, dataset)], _labels(protocol, dataset)
-    _check_names(rule, labels)
-    rule.split(labels)
+    """UserError if the dataset has not what the protocol needs: a partition, probes, gallery, a match, names without
+    doubt. What passes can be ranked whatever the features, as long as these are finite."""
+    _split(protocol, dataset)
 
 
 def evaluate(
@@ -165,67 +191,21 @@ def evaluate(
         UserError: an unknown protocol, a dataset without what it needs, another number of embeddings, NaN or infinity,
             not one probe with a match, names that differ by case or padding alone.
     """
-    rule, labels = PROTOCOLS[resolve(protocol, dataset)], _labels(protocol, dataset)
+    rule, labels, split = _split(protocol, dataset)
     if len(embeddings) != len(labels.subject):
         raise UserError(f"embeddings: {len(embeddings)} rows for {len(labels.subject)} sequences of {labels.source}")
-    _check_names(rule, labels)
-    split = rule.split(labels)
     result = rule.score(embeddings, labels, split, {"metric": metric, "progress": progress}, **rule.options)
-    result.notes += [*_view_notes(rule, labels, split), *_copy_notes(dataset, sequences(protocol, dataset), split)]
+    result.notes += cautions.view_notes(labels, split, rule.views)
+    result.notes += cautions.copy_notes(dataset, sequences(protocol, dataset), split)
     return result
 
 
-def _check_names(rule: Protocol, labels: Labels) -> None:
-    """UserError where a name is written in two ways: a silent split of a person, a type or a view makes wrong numbers.
-
-    Views are looked at where they are compared; elsewhere they are free names, and GREW's are random.
-    """
-    sides = [("ids", labels.subject, ())]
-    if rule.types:
-        sides.append(("types", labels.condition, rule.types))
-    if rule.views:
-        sides.append(("views", labels.view, rule.views))
-    for what, column, wanted in sides:
-        found = set(column.tolist())
-        doubtful = [*names.lookalikes(found), *names.near(wanted, found)]
-        if doubtful:
-            a, b = doubtful[0][:2]
-            whose = "the dataset has both" if {a, b} <= found else f"the protocol's is {a!r}, the dataset's {b!r}"
-            raise UserError(
-                f"{labels.source}: the {what} {a!r} and {b!r} differ by case or leading zeros alone ({whose}); names"
-                " are compared character by character, so rename the folders and prepare it again"
-            )
-
-
-def _view_notes(rule: Protocol, labels: Labels, split: dict[str, Split]) -> list[str]:
-    """Views that are not the published ones: the means go over fewer, or other, cells."""
-    if not rule.views:
-        return []
-    notes = []
-    for side in Split._fields:
-        rows = np.concatenate([getattr(part, side) for part in split.values()])
-        seen = set(labels.view[rows].tolist())
-        if seen != set(rule.views):
-            missing, other = sorted(set(rule.views) - seen), sorted(seen - set(rule.views))
-            parts = [f"lack {', '.join(missing)}"] * bool(missing) + [f"have {', '.join(other)} besides"] * bool(other)
-            notes.append(f"of the {len(rule.views)} published views the {side} {' and '.join(parts)}")
-    return notes
-
-
-def _copy_notes(dataset: Any, numbers: np.ndarray, split: dict[str, Split]) -> list[str]:
-    """Probes that lie in the gallery once more, frame by frame: sure hits, or sure misses under another id."""
-    groups = (dataset.facts.get("findings") or {}).get("duplicates", ())
-    group_of = {number: place for place, group in enumerate(groups) for number in group}
-    if not group_of:
-        return []
-    count = 0
-    for part in split.values():
-        probes, gallery = ([group_of.get(int(number)) for number in numbers[rows]] for rows in part)
-        copied = set(gallery) - {None}
-        count += sum(group in copied for group in probes)
-    if not count:
-        return []
-    return [f"{count:,} probes are copies, frame by frame, of gallery sequences; they are ranked as any other"]
+def _split(protocol: str, dataset: Any) -> tuple[Protocol, Labels, dict[str, Split]]:
+    rule, labels = PROTOCOLS[resolve(protocol, dataset)], _labels(protocol, dataset)
+    cautions.check_names(labels, rule.types, rule.views)
+    split = rule.split(labels)
+    rule.need(labels, split)
+    return rule, labels, split
 
 
 def grew_submission(dataset: Any, embeddings: torch.Tensor, *, metric: str = "cosine", progress: bool = False) -> str:

@@ -61,6 +61,44 @@ class Split(NamedTuple):
     gallery: np.ndarray
 
 
+def need_matches(labels: Labels, split: dict[str, Split]) -> None:
+    """UserError for a group in which not one probe has a match: 0 % would say something about the features, and this
+    does not."""
+    for name, part in split.items():
+        matched = np.isin(labels.subject[part.probes], labels.subject[part.gallery])
+        _need(labels, bool(matched.any()), name, "", "gallery")
+
+
+def need_other_view(labels: Labels, split: dict[str, Split]) -> None:
+    """Besides, UserError where a probe view has no gallery view but its own to be compared with."""
+    need_matches(labels, split)
+    for part in split.values():
+        views = set(labels.view[part.gallery].tolist())
+        if len(views) == 1 and views & set(labels.view[part.probes].tolist()):
+            raise UserError(f"{labels.source}: only one gallery view, so no view but the identical one to compare with")
+
+
+def need_matches_across_views(labels: Labels, split: dict[str, Split]) -> None:
+    """UserError for a probe view in which nobody is in another view of the gallery."""
+    for name, part in split.items():
+        seen: dict[str, set[str]] = {}
+        for subject, view in zip(labels.subject[part.gallery].tolist(), labels.view[part.gallery].tolist()):
+            seen.setdefault(subject, set()).add(view)
+        matched: dict[str, bool] = {}
+        for subject, view in zip(labels.subject[part.probes].tolist(), labels.view[part.probes].tolist()):
+            matched[view] = matched.get(view, False) or bool(seen.get(subject, set()) - {view})
+        for view, any_match in matched.items():
+            _need(labels, any_match, name, f" in view {view}", "other views of the gallery")
+
+
+def _need(labels: Labels, matched: bool, group: str, which: str, where: str) -> None:
+    if not matched:
+        probes = f"no probe{f' of {group}' if group else ''}{which}"
+        raise UserError(
+            f"{labels.source}: {probes} has a match in the {where}, so there is nothing to rank; check the ids"
+        )
+
+
 def pooled(
     features: torch.Tensor,
     labels: Labels,
@@ -72,8 +110,6 @@ def pooled(
 ) -> Evaluation:
     """One mean over all probes; with several groups also the rank-1 of each, and of the ids outside TRAIN_SET."""
     results = [_ranks(features, labels, part, search_options) for part in split.values()]
-    for name, result in zip(split, results):
-        _need_match(labels, result.positives > 0, f" of {name}" if name else "")
     pooled = ProbeRanks(*(torch.cat([getattr(r, f) for r in results]) for f in ProbeRanks.__dataclass_fields__))
     report = pooled.report(ranks, unmatched)
     metrics = dict(report)
@@ -94,16 +130,6 @@ def _ranks(
     return probe_ranks(features[probes], features[gallery], *ids, exclude=exclude, **search_options)
 
 
-def _need_match(labels: Labels, matched: torch.Tensor | np.ndarray, which: str, where: str = "gallery") -> None:
-    """UserError if not one probe has a match: a figure of 0 % would say something about the features, and this does
-    not."""
-    if not bool(matched.any()):
-        raise UserError(
-            f"{labels.source}: no probe{which} has a match in the {where}, so there is nothing to rank; the ids of the"
-            " two sides differ"
-        )
-
-
 def _gallery_size(split: dict[str, Split]) -> int:
     return len(np.unique(np.concatenate([part.gallery for part in split.values()])))
 
@@ -120,8 +146,6 @@ def view_by_view(
     tables = []
     unmatched = 0
     for name, (probes, gallery) in split.items():
-        matched = np.isin(labels.subject[probes], labels.subject[gallery])
-        _need_match(labels, matched, f" of {name}" if name else "")
         probe_views, gallery_views = (sorted(set(labels.view[rows].tolist())) for rows in (probes, gallery))
         values = np.full((len(probe_views), len(gallery_views)), np.nan)
         for column, view in enumerate(gallery_views):
@@ -131,9 +155,7 @@ def view_by_view(
             for row, probe_view in enumerate(probe_views):
                 if probe_view != view:
                     values[row, column] = 100.0 * hits[labels.view[probes] == probe_view].mean()
-        if np.isnan(values).all(1).any():
-            raise UserError(f"{labels.source}: only one gallery view, so no view but the identical one to compare with")
-        unmatched += int((~matched).sum())
+        unmatched += int((~np.isin(labels.subject[probes], labels.subject[gallery])).sum())
         row_means = np.nanmean(values, axis=1)
         metrics[f"rank1_{name}" if name else "rank1"] = float(row_means.mean())
         cells = [[None if np.isnan(value) else float(value) for value in row] for row in values]
@@ -161,10 +183,7 @@ def all_views(
         result = _ranks(features, labels, part, search_options, exclude)
         per_view = []
         for one in np.unique(view[part.probes]):
-            own = result[torch.from_numpy(view[part.probes] == one)]
-            label = labels.view[part.probes][view[part.probes] == one][0]
-            _need_match(labels, own.positives > 0, f"{f' of {name}' if name else ''} in view {label}", "other views")
-            per_view.append(own.report((1,)))
+            per_view.append(result[torch.from_numpy(view[part.probes] == one)].report((1,)))
             unmatched += per_view[-1].unmatched
         for key in ("rank1", "mAP"):
             mean = float(np.mean([report[key] for report in per_view]))

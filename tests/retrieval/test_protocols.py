@@ -302,8 +302,18 @@ def test_probes_without_one_match_are_no_zero_percent(tmp_path, protocol):
     data = dataset(tmp_path, keys, protocol, probe=["001-p-000", "001-p-018"] * (protocol == "gait3d"))
     if protocol == "gait3d":
         data = dataset(tmp_path / "b", keys[:1] + keys[2:], protocol, probe=["001-p-000"])
-    with pytest.raises(UserError, match=r"no probe.* has a match"):
-        protocols.evaluate(protocol, data, noisy(keys_of(data)))
+    for attempt in (
+        protocols.check,
+        lambda *a: protocols.evaluate(*a, noisy(keys_of(data))),
+    ):  # before the embedding too
+        with pytest.raises(UserError, match=r"no probe.* has a match"):
+            attempt(protocol, data)
+
+
+def test_a_view_without_another_to_compare_with_is_refused(tmp_path):
+    keys = [("075", t, "000") for t in ("nm-01", "nm-05", "bg-01", "cl-01")]
+    with pytest.raises(UserError, match="only one gallery view"):
+        protocols.check("casia-b", dataset(tmp_path, keys, "casia-b"))
 
 
 @pytest.mark.parametrize(
