@@ -226,6 +226,8 @@ def _checkpoint(path: str, named: BackboneConfig | None, feature: str) -> Model:
     if feature == "embedding" and file.part == "backbone":
         raise UserError(f"--feature embedding: {path} holds a backbone without a head; use --feature feature")
     facts = {"weights": path, "step": file.metadata.get("step"), "classes": file.classes}
+    config = file.metadata.get("config") or {}
+    facts["trained_on"] = config["data"].get("path") if isinstance(config.get("data"), dict) else None
     return _model(file.recognizer, feature, model=describe_model(file.config), **facts)
 
 
@@ -261,7 +263,9 @@ def _print(cells: list[Cell], columns: int) -> None:
             for table in result.tables:
                 print(f"\n{tables.by_view(table, metric)}")
     else:
-        heads = [_short(row[0].facts) for row in rows], [cell.dataset.name for cell in rows[0]]
+        models = [f"{row[0].facts['model']} {row[0].facts.get('weights', '')}".strip() for row in rows]
+        names = [cell.dataset.name for cell in rows[0]]
+        heads = models, names if len(set(names)) == len(names) else [str(cell.dataset.path) for cell in rows[0]]
         for metric in cells[0].results:
             for key in (k for k in MATRIX if all(k in cell.results[metric] for cell in cells)):
                 values = [[cell.results[metric][key] for cell in row] for row in rows]
@@ -280,13 +284,6 @@ def _notes(cell: Cell) -> list[str]:
             f"of {count:,} ids the types 01 and 02 are not in the order of their names, as those of the raw GREW"
         )
     return notes
-
-
-def _short(facts: dict[str, Any]) -> str:
-    """A model's name in a matrix: what it is, and the last two parts of where its weights lie."""
-    weights = facts.get("weights", "")
-    place = "/".join(Path(weights).parts[-2:]) if not weights.startswith("random") else weights
-    return f"{facts['model']} {place}".strip()
 
 
 def _document(cells: list[Cell]) -> dict[str, Any]:

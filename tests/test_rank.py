@@ -63,7 +63,7 @@ def test_the_backbone_of_a_run(walkers_dataset, random_figures, tmp_path):
 def recognizer_file(folder, seed=7, classes=5, **changes):
     name, variant, width = MODEL
     recognizer = build_recognizer(name, variant, classes, width=width, seed=seed)
-    config = {"backbone": {"name": name, "variant": variant, "width": width}}
+    config = {"backbone": {"name": name, "variant": variant, "width": width}, "data": {"path": "datasets/grew"}}
     file = folder / "recognizer.safetensors"
     save_recognizer(file, recognizer, {"config": config, "step": 90, "classes": classes} | changes)
     return file
@@ -76,6 +76,7 @@ def test_the_recognizer_of_a_run(walkers_dataset, tmp_path, feature):
     expected = rank(walkers_dataset, tmp_path, "--random", "smplgait:gait3d:0.25", "--seed", 7, "--feature", used)
     assert figures["results"] == expected["results"]
     assert (figures["feature"], figures["step"], figures["classes"]) == (used, 90, 5)
+    assert figures["trained_on"] == "datasets/grew"
 
 
 def test_a_backbone_has_no_embedding(walkers_dataset, tmp_path, capsys):
@@ -132,6 +133,13 @@ def test_every_model_on_every_dataset(walkers_dataset, random_figures, tmp_path,
         expected = [document["cells"][2 * row + i]["results"]["cosine"]["rank1"] for i in range(2)]
         assert [float(x) for x in line.split()[-2:]] == pytest.approx(expected, abs=0.005)
     assert any("of the 11 published views" in line for line in lines)
+
+
+def test_datasets_of_one_name_go_by_their_paths(tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    first, second = small_casia_b(tmp_path), small_casia_b(tmp_path / "b")
+    assert run_command("rank", "--dataset", first, "--dataset", second, "--mean-silhouette", "--quiet") == 0
+    assert any(line.split() == [str(first), str(second)] for line in capsys.readouterr().out.splitlines())
 
 
 def test_a_wrong_dataset_is_found_before_the_first_is_embedded(walkers_dataset, tmp_path, capsys):

@@ -295,6 +295,8 @@ def _read_facts(path: Path) -> tuple[bytes, dict]:
             raise ValueError("name and protocol must be strings")
         if not isinstance(facts["partition"], dict | None):
             raise ValueError("partition must be an object or null")
+        if not isinstance(facts.get("findings", {}), dict):
+            raise ValueError("findings must be an object")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged ({error}); copy the dataset again") from None
     return text, facts

@@ -30,7 +30,7 @@ def looks_like_grew(root: Path) -> bool:
 
 def looks_like_ou_mvlp(root: Path) -> bool:
     """Whether `root` holds a folder Silhouette_VIEW-SEQUENCE."""
-    return any(_OU_MVLP_FOLDER.fullmatch(child.name) for child in root.iterdir() if child.is_dir())
+    return any(_OU_MVLP_FOLDER.fullmatch(child.name) and child.is_dir() for child in root.iterdir())
 
 
 @dataclass(frozen=True)
