@@ -228,10 +228,10 @@ def _summary(dataset: PackedDataset, seconds: float) -> None:
         print(f"warning: {describe(dataset.protocol, found['published'])}")
     for group in found.get("lookalikes", ())[:SHOWN]:
         print(
-            f"warning: {' and '.join(map(repr, group))} differ by case or leading zeros alone, and count as different"
+            f"warning: {' and '.join(map(repr, group[:3]))} differ by case or leading zeros alone, and count as different"
         )
     if copies := found.get("duplicates"):
-        first = " = ".join(dataset.sequence_name(number) for number in copies[0])
+        first = " = ".join(dataset.sequence_name(number) for number in copies[0][:2])
         surplus = sum(len(group) - 1 for group in copies)
         print(f"warning: {surplus:,} sequences are copies of others, frame by frame, e.g. {first}")
     if "unsorted_pairs" in found:

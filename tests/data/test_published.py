@@ -253,8 +253,9 @@ def test_partitions_that_cannot_be(sets, message):
 def test_copies_are_named(tmp_path, capsys):
     walk = np.stack([figure(1, 0), figure(1, 1)])
     keys = {("a", "x", "v"): walk, ("b", "x", "v"): walk[:1], ("b", "x", "w"): walk, ("c", "x", "v"): walk[::-1]}
+    keys |= {("d", "x", "v"): walk}
     small_tree(tmp_path / "tree", keys)
     dataset = prepare(tmp_path / "tree", tmp_path / "out", "--layout", "opengait")
-    assert dataset.facts["findings"]["duplicates"] == [[0, 2]]
+    assert dataset.facts["findings"]["duplicates"] == [[0, 2, 4]]
     text = capsys.readouterr().out
-    assert "1 sequences are copies of others, frame by frame, e.g. a-x-v = b-x-w" in text
+    assert "2 sequences are copies of others, frame by frame, e.g. a-x-v = b-x-w\n" in text
