@@ -227,9 +227,7 @@ def _summary(dataset: PackedDataset, seconds: float) -> None:
     if "published" in found:
         print(f"warning: {describe(dataset.protocol, found['published'])}")
     for group in found.get("lookalikes", ())[:SHOWN]:
-        print(
-            f"warning: {' and '.join(map(repr, group[:3]))} differ by case or leading zeros alone, and count as different"
-        )
+        print(f"warning: {' and '.join(map(repr, group[:3]))} differ by case or leading zeros alone, and count apart")
     if copies := found.get("duplicates"):
         first = " = ".join(dataset.sequence_name(number) for number in copies[0][:2])
         surplus = sum(len(group) - 1 for group in copies)
