@@ -19,7 +19,7 @@ from gaitfast import files, randomness
 from gaitfast.config import UserError, to_dict
 from gaitfast.engine import portable
 from gaitfast.interop import onnx_graph, opengait
-from gaitfast.model_files import PARTS, ModelFile, describe_model, parse_model, read_model
+from gaitfast.model_files import PARTS, WITHOUT_CLASSIFIER, ModelFile, describe_model, parse_model, read_model
 
 TOLERANCE = 1e-4
 """Largest difference between onnxruntime and PyTorch, in units of the output's largest magnitude if that is above 1."""
@@ -88,7 +88,7 @@ def _write_opengait(temporary: Path, output: Path, file: ModelFile) -> None:
     step = file.metadata.get("step")
     iteration = step if type(step) is int and step >= 0 else 0
     opengait.write_checkpoint(temporary, opengait.state_dict(file.recognizer, file.part), iteration)
-    if file.part == "backbone" or (file.classes is None and file.config.name not in ("gaitset", "gaitpart")):
+    if file.part == "backbone" or (file.classes is None and file.config.name not in WITHOUT_CLASSIFIER):
         print("without a classifier or a head, OpenGait takes it with restore_ckpt_strict: false")
     if file.config.width != 1:
         print(f"width {file.config.width:g}: OpenGait needs a config with these channels")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import safe_open
+
 from gaitfast.config import BackboneConfig, UserError
 from gaitfast.engine import portable
 from gaitfast.interop import opengait
@@ -12,6 +14,8 @@ from gaitfast.models import build_recognizer
 from gaitfast.models.recognizer import Recognizer
 
 PARTS = ("all", "backbone")
+WITHOUT_CLASSIFIER = ("gaitset", "gaitpart")
+"""Models that are trained by the triplet loss alone."""
 
 
 class ModelFile(NamedTuple):
@@ -23,7 +27,7 @@ class ModelFile(NamedTuple):
     part: str
     """all, or backbone: then the recognizer's head is as it was initialised."""
     classes: int | None
-    """K of the classifier; None without one."""
+    """K of the classifier in the file; None without one."""
     metadata: dict[str, Any]
     """Of a safetensors file: its metadata, decoded. Of an OpenGait checkpoint: `step`, where the file says it."""
     unused: list[str]
@@ -97,18 +101,32 @@ def _read_portable(path: str | Path, part: str | None) -> ModelFile:
             configs.append(BackboneConfig(**config["backbone"]))
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: its config does not describe a backbone ({error})") from None
+        if classes != found and configs[0].name not in WITHOUT_CLASSIFIER:
+            raise UserError(
+                f"{path}: its classifier has {found} classes, the network needs {classes} by its metadata;"
+                " export it again"
+            )
         recognizers.append(build_recognizer(configs[0].name, configs[0].variant, classes, width=configs[0].width))
         return recognizers[0]
 
     content = portable.content(path)
+    found = _classes(path)
     if content == "backbone":
         if part == "all":
             raise UserError(f"{path}: holds a backbone without a head; use --part backbone or a recognizer.safetensors")
         _, metadata = portable.load_backbone(path, lambda config: build(config).backbone)
     else:
         _, metadata = portable.load_recognizer(path, build)
-    found = "backbone" if content == "backbone" else part or "all"
-    return ModelFile(recognizers[0].eval(), configs[0], found, metadata.get("classes"), metadata, [], [])
+    part = "backbone" if content == "backbone" else part or "all"
+    return ModelFile(recognizers[0].eval(), configs[0], part, found, metadata, [], [])
+
+
+def _classes(path: str | Path) -> int | None:
+    """K of the classifier in a safetensors file, from its header: a false number must not allocate memory."""
+    with safe_open(path, framework="pt") as file:
+        for name in {"head.neck.weight", "head.classifier.weight"}.intersection(file.keys()):
+            return [None, *file.get_slice(name).get_shape()][-1]
+    return None
 
 
 def _read_opengait(path: str | Path, part: str | None, model: BackboneConfig | None, old: bool) -> ModelFile:
@@ -120,12 +138,11 @@ def _read_opengait(path: str | Path, part: str | None, model: BackboneConfig | N
         if not fits:
             raise UserError("its weights fit no known model at published width; name it with --model")
         classes = opengait.num_classes(weights)
-        recognizer = build_recognizer(fits[0].name, fits[0].variant, classes, width=fits[0].width)
+        built = None if part == "backbone" else classes  # GREW's classifiers hold hundreds of megabytes
+        recognizer = build_recognizer(fits[0].name, fits[0].variant, built, width=fits[0].width)
         if part is None:
             part = "all" if opengait.holds_head(recognizer, weights) else "backbone"
         report = opengait.load_state_dict(recognizer, weights, part, old_bnneck_order=old)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix('checkpoint: ')}") from None
-    if part == "backbone":
-        classes = None
     return ModelFile(recognizer.eval(), fits[0], part, classes, metadata, report.ignored, fits[1:])

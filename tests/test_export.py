@@ -181,6 +181,9 @@ BAD_CHECKPOINTS = {
     "fit no known model": lambda weights: {"model": {"weight": torch.zeros(3)}},
     "BNNecks.fc_bin has shape (31, 256)": lambda weights: {"model": weights | {"BNNecks.fc_bin": torch.zeros(31, 256)}},
     "not finite": lambda weights: {"model": weights | {"FCs.fc_bin": weights["FCs.fc_bin"] * torch.inf}},
+    "repeats a smaller tensor": lambda weights: {
+        "model": weights | {"BNNecks.fc_bin": torch.zeros(1, 1, 1).expand(31, 256, 10**9)}
+    },
     "no state dict": lambda weights: {"epoch": 3},
     "refused": lambda weights: {"model": Bomb()},
 }
@@ -223,8 +226,10 @@ def test_files_of_another_model_are_refused(tmp_path, capsys):
     line = refused(out, capsys, source, out, "--format", "opengait", "--model", "smplgait:gait3d:0.5")
     assert "choose the variant and width" in line
     assert "NAME:VARIANT" in refused(out, capsys, source, out, "--format", "opengait", "--model", "smplgait")
-    portables = save(tmp_path, trained("smplgait", "gait3d"), 7)  # the weights have six classes
-    assert "head.neck.weight" in refused(out, capsys, portables, out, "--format", "opengait")
+    for classes in (7, None, 10**12):
+        portables = save(tmp_path, trained("smplgait", "gait3d"), classes)
+        line = refused(out, capsys, portables, out, "--format", "opengait")
+        assert f"its classifier has 6 classes, the network needs {classes}" in line
     portables = save(tmp_path, trained("smplgait", "gait3d"), 6)
     line = refused(out, capsys, portables, out, "--format", "opengait", "--model", "gaitset:gait3d")
     assert "holds smplgait:gait3d:0.25" in line

@@ -72,6 +72,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f'{path}: holds no state dict, neither as entry "model" nor as a whole')
+    for key, value in weights.items():  # a view may claim any size
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {key} repeats a smaller tensor, which no trained weight does; get another copy")
     iteration = content.get("iteration")
     return Checkpoint(dict(weights), iteration if type(iteration) is int and iteration >= 0 else None)
 
