@@ -74,7 +74,7 @@ def _check_output(output: Path, checkpoint: str) -> None:
 
 def _print_source(checkpoint: str, file: ModelFile) -> None:
     what = "backbone" if file.part == "backbone" else f"{file.classes or 'no'} classes"
-    keys = opengait.state_dict(file.recognizer, file.part)
+    keys = opengait.keys(file.recognizer, file.part)
     name = describe_model(file.config)
     print(f"{checkpoint}: {name}, {what}, {len(keys)} tensors under OpenGait's keys, each used once")
     if file.alike:

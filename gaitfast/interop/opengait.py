@@ -89,6 +89,11 @@ def write_checkpoint(path: str | Path, weights: Mapping[str, Tensor], iteration:
     torch.save({"model": OrderedDict(weights), "iteration": iteration}, path)
 
 
+def keys(model: Recognizer, part: str = "all") -> list[str]:
+    """OpenGait's keys of the model, in its order."""
+    return [entry.key for entry in _select(model, part)]
+
+
 def state_dict(model: Recognizer, part: str = "all", *, old_bnneck_order: bool = False) -> dict[str, Tensor]:
     """A copy of the model's weights under OpenGait's keys, in its order, contiguous. part: "all" or "backbone"."""
     own = model.state_dict()
@@ -166,7 +171,7 @@ def identify(sd: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 def holds_head(model: Recognizer, sd: Mapping[str, Tensor]) -> bool:
     """Whether any of these OpenGait keys belongs to the model's head."""
-    head = {entry.key for entry in _select(model, "all")} - {entry.key for entry in _select(model, "backbone")}
+    head = set(keys(model)) - set(keys(model, "backbone"))
     return not head.isdisjoint(_strip_prefix(sd))
 
 

@@ -37,6 +37,7 @@ def test_round_trip_is_exact_and_uses_every_entry_once(name, variant):
     target = build_recognizer(name, variant, 6, width=0.125, seed=1)
     report = opengait.load_state_dict(target, exported)
     assert report == (list(exported), [], [])
+    assert opengait.keys(source) == list(exported)
     for key, value in source.state_dict().items():
         assert torch.equal(value, target.state_dict()[key]), key
     again = opengait.state_dict(target)
