@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gaitfast.config import TransferConfig, UserError, load
+from gaitfast.config import PretrainConfig, TransferConfig, UserError, dump, load
+from gaitfast.data import packed
 from gaitfast.engine.portable import load_backbone, load_recognizer, save_backbone
 from gaitfast.engine.zero import milestones, stepped_factor
 from gaitfast.interop import opengait
 from gaitfast.models import build_recognizer
 from gaitfast.models.recognizer import initialize
 from gaitfast.transfer import groups, initialize_from
+from tests.conftest import run_command
+from tests.data.silhouettes import walk
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -289,3 +292,34 @@ def test_a_users_mistake_is_one_line(runner, settings, message):
 @pytest.mark.slow
 def test_another_run_is_refused_in_the_same_folder(undisturbed, runner):
     assert "another transfer.ratio" in runner("whole", *VARIED, "transfer.ratio=1", code=2)
+
+
+@pytest.mark.slow
+def test_another_dataset_is_refused_in_the_same_folder(undisturbed, runner, tmp_path):
+    options = ("--subjects", 7, "--test-subjects", 5, "--walks", 3, "--frames", 12, 20, "--workers", 1)
+    assert run_command("walkers", tmp_path / "tree", *options) == 0
+    assert run_command("prepare", tmp_path / "tree", tmp_path / "set", "--layout", "opengait", "--workers", 1) == 0
+    output = runner("whole", *VARIED, f"data.path={tmp_path / 'set'}", code=2)
+    assert "was trained on a dataset with another content" in output and "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_the_folder_of_another_stage_is_refused(undisturbed, runner, tmp_path):
+    folder = runner.folder / "pretrained"
+    (folder / "checkpoints/step_00000002").mkdir(parents=True)
+    (folder / "config.resolved.yaml").write_text(dump(PretrainConfig()))
+    assert "holds a run of another stage or version" in runner("pretrained", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gaitgl", "gaitpart"])
+def test_sequences_of_one_frame_train_and_rank(runner, tmp_path, name):
+    rows = [(f"{p:03d}", f"nm-{k:02d}", "000", walk(10 * p + k, 1)) for p in range(8) for k in range(2)]
+    people = [f"{p:03d}" for p in range(8)]
+    partition = {"TRAIN_SET": people[:5], "TEST_SET": people[5:], "PROBE_SET": [f"{p}-nm-00-000" for p in people[5:]]}
+    packed.write(tmp_path / "set", rows, name="short", protocol="walkers", partition=partition)
+    settings = [f"backbone.name={name}", f"data.path={tmp_path / 'set'}", "train.iterations=1", "eval.every=0"]
+    if name == "gaitpart":
+        settings.append("identity.weight=0")
+    runner(f"short-{name}", *settings)
+    assert len(runner.rows(f"short-{name}", "evaluations.jsonl")) == 2

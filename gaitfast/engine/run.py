@@ -109,8 +109,10 @@ class TrainingRun:
             return
         try:
             theirs = to_dict(load(type(self.config), path))
-        except UserError as error:  # such as the config of the other stage
-            raise UserError(f"{error}; the folder holds another run, so choose another with --set run=FOLDER") from None
+        except UserError:
+            raise UserError(
+                f"{path}: this folder holds a run of another stage or version; choose another with --set run=FOLDER"
+            ) from None
         changed = _differences(to_dict(self.config), theirs) - WITHOUT_EFFECT
         if changed:
             raise UserError(
