@@ -89,7 +89,7 @@ class ZeroEngine:
 
         self.config = config
         self._groups = groups
-        if world.size > 1:
+        if world.size > 1 or (world.device.type == "cpu" and config.train.precision == "fp32"):
             objective = synchronize_norms(objective, world.device)
         self._copy = copy.deepcopy(objective).to(world.device) if config.train.zero_stage == 3 else None
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
