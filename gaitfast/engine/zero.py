@@ -89,6 +89,8 @@ class ZeroEngine:
 
         self.config = config
         self._groups = groups
+        # DeepSpeed warns of every optimizer that is not Adam; what ZeRO does with SGD is tested here.
+        deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
         if world.size > 1 or (world.device.type == "cpu" and config.train.precision == "fp32"):
             objective = synchronize_norms(objective, world.device)
         self._copy = copy.deepcopy(objective).to(world.device) if config.train.zero_stage == 3 else None
