@@ -33,7 +33,7 @@ def _turned(tile, cos, sin):
     return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), tile.shape)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SITES"])
 def temporal_attention_fwd_kernel(
     qkv,  # (B, T, S, 3 * N * D)
     bias,  # (N, T, T), any strides
@@ -49,7 +49,7 @@ def temporal_attention_fwd_kernel(
     D: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    SITES: tl.constexpr,  # of a program
+    SITES,  # of a program
 ):
     head = tl.program_id(0) % HEADS
     walks = tl.cdiv(sites, SITES)
@@ -81,7 +81,7 @@ def temporal_attention_fwd_kernel(
         tl.store(target + frame[:, None] * (sites * width) + feature[None, :], result.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SITES"])
 def temporal_attention_bwd_kernel(
     grad,  # (B, T, S, N * D)
     qkv,  # (B, T, S, 3 * N * D)
@@ -99,7 +99,7 @@ def temporal_attention_bwd_kernel(
     D: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    SITES: tl.constexpr,
+    SITES,
 ):
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS
