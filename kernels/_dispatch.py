@@ -6,7 +6,6 @@ wherever a kernel takes the arguments, and everything else runs the reference.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -105,7 +104,9 @@ def _triton_package() -> tuple[ModuleType | None, str]:
     global _triton
     if _triton is None:
         try:
-            _triton = importlib.import_module(".triton_ops", __package__), ""
+            from . import triton_ops
+
+            _triton = triton_ops, ""
         except Exception as error:  # absent, or it does not suit this torch, this Python or this driver
             _triton = None, f"Triton does not import ({error.__class__.__name__}: {error})"[:150]
     return _triton
