@@ -99,6 +99,7 @@ def temporal_attention_bwd_kernel(
     D: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    KEEP_BIAS: tl.constexpr,  # in registers, or read it again for each site
     SITES,
 ):
     head = tl.program_id(0) % HEADS
@@ -115,8 +116,8 @@ def temporal_attention_bwd_kernel(
     sin = tl.load(rotation + angle + 1, known, 0.0)
     cell = head * bias_stride_n + frame[:, None] * bias_stride_q + key[None, :] * bias_stride_k
     square = (frame < frames)[:, None] & (key < frames)[None, :]
-    shift = tl.load(bias + cell, square, 0.0).to(tl.float32)
-    shift = tl.where((key < frames)[None, :], shift, float("-inf"))
+    if KEEP_BIAS:
+        shift = tl.load(bias + cell, square, 0.0).to(tl.float32)
     total = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
     for site in range(walk * SITES, tl.minimum(walk * SITES + SITES, sites)):
         base = (batch * frames * sites + site) * 3 * width + head * D
@@ -128,7 +129,10 @@ def temporal_attention_bwd_kernel(
         source = grad + (batch * frames * sites + site) * width + head * D
         # Rows beyond the last frame are zero here, so they add nothing to any product below.
         outer = tl.load(source + frame[:, None] * (sites * width) + feature[None, :], mask, 0.0).to(DOT)
+        if not KEEP_BIAS:
+            shift = tl.load(bias + cell, square, 0.0).to(tl.float32)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") + shift
+        scores = tl.where((key < frames)[None, :], scores, float("-inf"))
         weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
         weights = weights / tl.sum(weights, axis=1)[:, None]
         target = grad_qkv + base
@@ -147,16 +151,21 @@ def temporal_attention_bwd_kernel(
     tl.store(grad_bias + cell, total, square)
 
 
-def config(qkv: Tensor, heads: int, *, programs: int, stages: int) -> Config:
-    """As many sites to a program as still leave `programs` of them, and warps so that nothing spills.
+def config(qkv: Tensor, heads: int, *, backward: bool) -> Config:
+    """As many sites to a program as still leave thousands of them; warps and stages so that nothing spills.
 
-    Products of float32 go without the matrix units and want twice the warps; so does backward at 64 frames (sm_80).
+    Products of float32 go without the matrix units and want twice the warps.
     """
     batch, frames, sites, _ = qkv.shape
-    block = power_of_two(frames, least=16)
-    walk = max(1, min(sites, batch * heads * sites // programs))
-    warps = {16: 1, 32: 2, 64: 8}[block] * (2 if qkv.dtype == torch.float32 and block < 64 else 1)
-    return {"BLOCK_T": block, "SITES": walk, "num_warps": warps, "num_stages": stages}
+    block, full = power_of_two(frames, least=16), qkv.dtype == torch.float32
+    programs = 2048 if backward else 4096
+    chosen = {
+        "BLOCK_T": block,
+        "SITES": max(1, min(sites, batch * heads * sites // programs)),
+        "num_warps": {16: 1, 32: 2, 64: 8}[block] * (2 if full and block < 64 else 1),
+        "num_stages": 1 if full and backward else 2,
+    }
+    return {**chosen, "KEEP_BIAS": block < 64 or full} if backward else chosen
 
 
 def _arguments(qkv: Tensor, bias: Tensor, heads: int, chosen: Config) -> tuple[tuple, dict]:
@@ -169,7 +178,7 @@ def _arguments(qkv: Tensor, bias: Tensor, heads: int, chosen: Config) -> tuple[t
 def _forward(qkv: Tensor, bias: Tensor, rotation: Tensor, heads: int) -> Tensor:
     qkv, rotation = qkv.contiguous(), rotation.contiguous()
     batch, _, sites, width = qkv.shape
-    chosen = settled("temporal_attention_fwd", config(qkv, heads, programs=4096, stages=2))
+    chosen = settled("temporal_attention_fwd", config(qkv, heads, backward=False))
     numbers, constants = _arguments(qkv, bias, heads, chosen)
     out = torch.empty((*qkv.shape[:3], width // 3), dtype=qkv.dtype, device=qkv.device)
     programs = batch * heads * triton.cdiv(sites, chosen["SITES"])
@@ -180,7 +189,7 @@ def _forward(qkv: Tensor, bias: Tensor, rotation: Tensor, heads: int) -> Tensor:
 def _backward(grad: Tensor, qkv: Tensor, bias: Tensor, rotation: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     grad, qkv, rotation = grad.contiguous(), qkv.contiguous(), rotation.contiguous()
     batch, frames, sites, _ = qkv.shape
-    chosen = settled("temporal_attention_bwd", config(qkv, heads, programs=2048, stages=1))
+    chosen = settled("temporal_attention_bwd", config(qkv, heads, backward=True))
     numbers, constants = _arguments(qkv, bias, heads, chosen)
     walks = triton.cdiv(sites, chosen["SITES"])
     grad_qkv = torch.empty_like(qkv)
