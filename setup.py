@@ -65,8 +65,8 @@ setup(
         "tensorboard>=2.14",
     ],
     extras_require={
-        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "ninja", "triton>=3.2"],
-        "gpu": ["triton>=3.2"],
+        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "ninja", "triton>=3.6"],
+        "gpu": ["triton>=3.6"],
     },
     entry_points={"console_scripts": ["gaitfast=gaitfast.cli:main"]},
     **extension(),

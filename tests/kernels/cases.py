@@ -117,7 +117,8 @@ def results(operation: str, arguments: tuple, name: str, compile_with: Callable 
 
 
 def distance(ours: Tensor, truth: Tensor) -> float:
-    return ((ours.double().cpu() - truth.cpu()).norm() / truth.cpu().norm().clamp_min(1e-30)).item()
+    truth = truth.to(ours.device)
+    return ((ours.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 
 def assert_as_good_as_pytorch(
@@ -125,7 +126,7 @@ def assert_as_good_as_pytorch(
 ) -> None:
     """Output and every gradient within `factor` times plain PyTorch's distance to float64, and of the right type."""
     given = typed(operation, arguments, dtype, device)
-    exact = tuple(a.double().cpu() if isinstance(a, Tensor) else a for a in given)
+    exact = tuple(a.double() if isinstance(a, Tensor) else a for a in given)
     truth = results(operation, exact, "reference")
     plain = results(operation, given, "reference")
     ours = results(operation, given, name)
