@@ -8,6 +8,7 @@ keeps what it has: benchmarks/results/<gpu>-<commit>.json and a table beside it 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -37,9 +38,12 @@ class Part(NamedTuple):
     arguments: tuple[str, ...]
 
 
+PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+"""Most of a test's time is the compilation of its kernels."""
+
 PARTS = (
     Part("build", 90, ("setup.py", "--quiet", "build_ext", "--inplace")),
-    Part("kernel tests", 150, ("-m", "pytest", "-m", "gpu", "tests/kernels", "-q")),
+    Part("kernel tests", 150, ("-m", "pytest", "-m", "gpu", "tests/kernels", *PARALLEL)),
     Part("kernels", 110, ("-m", "benchmarks.kernels", "--full", "--budget", "{seconds}", "--json", "{json}")),
     Part("denoiser", 220, ("-m", "benchmarks.denoiser", "--full", "--json", "{json}")),
     Part("other tests", 50, ("-m", "pytest", "-m", "gpu", "--ignore=tests/kernels", "--continue-on-collection-errors")),

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import envelope
-from benchmarks.kernels import CACHE, bodies, leaves, ours
+from benchmarks.kernels import CACHE, at_full_resolution, bodies, leaves, ours
 from benchmarks.shapes import Call, denoiser_calls, tensors
 from benchmarks.timing import interleaved
 from gaitfast import files
@@ -66,7 +66,7 @@ def headline_calls(batch: int) -> dict[str, Call]:
     """Per operation its call at the full resolution."""
     found: dict[str, Call] = {}
     for call in denoiser_calls(64, batch):
-        if call.operation not in found and ("8x8x64" in call.label or "x64x768" in call.label):
+        if call.operation not in found and at_full_resolution(call):
             found[call.operation] = call
     return found
 

@@ -33,7 +33,8 @@ def _group_total(value, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
     return tl.sum(tl.where(group[:, None] == group[None, :], value[None, :], 0.0), axis=1)
 
 
-@triton.jit
+# A count of 1 would become a constant without a type.
+@triton.jit(do_not_specialize=["positions"])
 def group_norm_film_silu_fwd_kernel(
     x,  # (B, P, C)
     weight,  # (C,)
@@ -114,7 +115,7 @@ def _backward_tile(x, grad, mean, inverse, gain, offset):
     return n, grad.to(tl.float32) * (s + z * s * (1.0 - s))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "positions"])
 def group_norm_film_silu_bwd_kernel(
     grad,  # (B, P, C)
     x,  # (B, P, C)
