@@ -42,11 +42,11 @@ PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 """Most of a test's time is the compilation of its kernels."""
 
 PARTS = (
-    Part("build", 90, ("setup.py", "--quiet", "build_ext", "--inplace")),
-    Part("kernel tests", 150, ("-m", "pytest", "-m", "gpu", "tests/kernels", *PARALLEL)),
-    Part("kernels", 110, ("-m", "benchmarks.kernels", "--full", "--budget", "{seconds}", "--json", "{json}")),
-    Part("denoiser", 220, ("-m", "benchmarks.denoiser", "--full", "--json", "{json}")),
-    Part("other tests", 50, ("-m", "pytest", "-m", "gpu", "--ignore=tests/kernels", "--continue-on-collection-errors")),
+    Part("build", 75, ("setup.py", "--quiet", "build_ext", "--inplace")),
+    Part("kernel tests", 140, ("-m", "pytest", "-m", "gpu", "tests/kernels", *PARALLEL)),
+    Part("kernels", 90, ("-m", "benchmarks.kernels", "--full", "--budget", "{seconds}", "--json", "{json}")),
+    Part("denoiser", 170, ("-m", "benchmarks.denoiser", "--full", "--json", "{json}")),
+    Part("other tests", 40, ("-m", "pytest", "-m", "gpu", "--ignore=tests/kernels", "--continue-on-collection-errors")),
     Part("sweep", 300, ("-m", "benchmarks.sweep", "--budget", "{seconds}", "--json", "{json}")),
 )
 """In the order of their worth, but for the build, which comes first because the others may use it."""
