@@ -13,7 +13,11 @@ from tests.models.test_denoiser import GOLDEN, golden_model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["denoiser_dim32", "denoiser_dim64"])
+@pytest.mark.parametrize(
+    "name",
+    # The other one takes the interpreter minutes.
+    ["denoiser_dim64", pytest.param("denoiser_dim32", marks=pytest.mark.gpu)],
+)
 def test_golden_outputs_loss_and_every_gradient(name, device, monkeypatch):
     # cuDNN would multiply in TF32.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
