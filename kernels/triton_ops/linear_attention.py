@@ -21,7 +21,7 @@ __all__ = ["refusal", "run"]
 def _over_features(tile):
     """Softmax of each row."""
     weights = tl.exp(tile - tl.max(tile, axis=1)[:, None])
-    return weights / tl.sum(weights, axis=1)[:, None]
+    return weights * (1.0 / tl.sum(weights, axis=1))[:, None]
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _over_sites(tile, sites, BLOCK_S: tl.constexpr, FRAMES: tl.constexpr):
     known = (tl.arange(0, BLOCK_S) < sites)[None, :, None]
     cube = tl.where(known, cube, float("-inf"))
     cube = tl.exp(cube - tl.max(cube, axis=1)[:, None, :])
-    return tl.reshape(cube / tl.sum(cube, axis=1)[:, None, :], tile.shape)
+    return tl.reshape(cube * (1.0 / tl.sum(cube, axis=1))[:, None, :], tile.shape)
 
 
 @triton.jit

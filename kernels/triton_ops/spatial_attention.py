@@ -34,7 +34,7 @@ def spatial_attention_fwd_kernel(
     values = tl.load(qkv + 2 * HEADS * D + wide, exists, 0.0).to(DOT)
     scores = tl.where(meets, tl.dot(query, tl.trans(keys), input_precision="ieee"), float("-inf"))
     weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-    weights = weights / tl.sum(weights, axis=1)[:, None]
+    weights = weights * (1.0 / tl.sum(weights, axis=1))[:, None]
     result = tl.dot(weights.to(DOT), values, input_precision="ieee")
     tl.store(out + narrow, result.to(out.dtype.element_ty), exists)
 
@@ -60,7 +60,7 @@ def spatial_attention_bwd_kernel(
     outer = tl.load(grad + narrow, exists, 0.0).to(DOT)
     scores = tl.where(meets, tl.dot(query, tl.trans(keys), input_precision="ieee"), float("-inf"))
     weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-    weights = weights / tl.sum(weights, axis=1)[:, None]
+    weights = weights * (1.0 / tl.sum(weights, axis=1))[:, None]
     change = tl.dot(tl.trans(weights.to(DOT)), outer, input_precision="ieee")
     tl.store(grad_qkv + 2 * HEADS * D + wide, change.to(grad_qkv.dtype.element_ty), exists)
     slope = tl.dot(outer, tl.trans(values), input_precision="ieee")

@@ -75,7 +75,7 @@ def temporal_attention_fwd_kernel(
         scores = tl.dot(query.to(DOT), tl.trans(keys.to(DOT)), input_precision="ieee") + shift
         weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
         # Divided first: the products then round as the definition's do.
-        weights = weights / tl.sum(weights, axis=1)[:, None]
+        weights = weights * (1.0 / tl.sum(weights, axis=1))[:, None]
         result = tl.dot(weights.to(DOT), values, input_precision="ieee")
         target = out + (batch * frames * sites + site) * width + head * D
         tl.store(target + frame[:, None] * (sites * width) + feature[None, :], result.to(out.dtype.element_ty), mask)
@@ -134,7 +134,7 @@ def temporal_attention_bwd_kernel(
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") + shift
         scores = tl.where((key < frames)[None, :], scores, float("-inf"))
         weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-        weights = weights / tl.sum(weights, axis=1)[:, None]
+        weights = weights * (1.0 / tl.sum(weights, axis=1))[:, None]
         target = grad_qkv + base
         change = tl.dot(tl.trans(weights.to(DOT)), outer, input_precision="ieee")
         tl.store(target + 2 * width + place, change.to(grad_qkv.dtype.element_ty), mask)
