@@ -61,7 +61,8 @@ def run(part: Part, seconds: float) -> dict:
         arguments = [a.format(**values) if a.startswith("{") else a for a in part.arguments]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MAX_JOBS": str(os.cpu_count())}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment.pop("GAITFAST_BACKEND", None)
+        for name in ("GAITFAST_BACKEND", "TRITON_INTERPRET"):
+            environment.pop(name, None)
         started = time.perf_counter()
         try:
             done = subprocess.run(
@@ -75,7 +76,8 @@ def run(part: Part, seconds: float) -> dict:
             )
             said, code = done.stdout, done.returncode
         except subprocess.TimeoutExpired as stopped:
-            said, code = (stopped.stdout or b"").decode(errors="replace"), None
+            said, code = stopped.stdout or "", None  # bytes all the same, in some versions of Python
+            said = said.decode(errors="replace") if isinstance(said, bytes) else said
         result = {"exit": code, "seconds": round(time.perf_counter() - started, 1), "said": said[-6000:]}
         if rows.exists():
             result["result"] = json.loads(rows.read_text())
