@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ["gaitfast", "gaitfast.kernels"] + [
+PACKAGES = ["gaitfast", "gaitfast.kernels", "gaitfast.kernels.triton_ops"] + [
     f"gaitfast.{folder.name}" for folder in sorted((ROOT / "gaitfast").iterdir()) if (folder / "__init__.py").exists()
 ]
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
@@ -67,8 +67,8 @@ setup(
         "tensorboard>=2.14",
     ],
     extras_require={
-        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "ninja", *ONNX],
-        "gpu": ["triton>=3.2"],
+        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "ninja", "triton>=3.6", *ONNX],
+        "gpu": ["triton>=3.6"],
         "onnx": ONNX,
     },
     entry_points={"console_scripts": ["gaitfast=gaitfast.cli:main"]},

@@ -62,7 +62,7 @@ PACKAGES = (
     Package("tqdm", "4.66", "tqdm", "progress"),
     Package("matplotlib", "3.8", "matplotlib", "reports"),
     Package("tensorboard", "2.14", "tensorboard", "training curves"),
-    Package("triton", "3.2", "triton", "fused kernels, with a GPU only", needed=False),
+    Package("triton", "3.6", "triton", "fused kernels on a GPU, their tests on any machine", needed=False),
     Package("pytest", "8.0", "pytest", "tests", needed=False),
     Package("ruff", "0.6", "ruff", "lint", needed=False),
     Package("ninja", "", "ninja", "building the extension", needed=False),
