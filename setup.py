@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = ["gaitfast", "gaitfast.kernels"] + [
     f"gaitfast.{folder.name}" for folder in sorted((ROOT / "gaitfast").iterdir()) if (folder / "__init__.py").exists()
 ]
+ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+"""What `gaitfast export --format onnx` needs; without onnxruntime it cannot check what it wrote."""
 
 
 def extension() -> dict:
@@ -68,8 +70,9 @@ setup(
         "tensorboard>=2.14",
     ],
     extras_require={
-        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "ninja"],
+        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "ninja", *ONNX],
         "gpu": ["triton>=3.2"],
+        "onnx": ONNX,
     },
     entry_points={"console_scripts": ["gaitfast=gaitfast.cli:main"]},
     **extension(),

@@ -16,7 +16,12 @@ COMMANDS = {
     "prepare": ("gaitfast.data.prepare", "pack silhouettes into a dataset, or verify one"),
     "train-autoencoder": ("gaitfast.train_autoencoder", "train the silhouette autoencoder"),
     "pretrain": ("gaitfast.pretrain", "pretrain a backbone as a single process (or: deepspeed gaitfast/pretrain.py)"),
+    "transfer": (
+        "gaitfast.transfer",
+        "train a recognizer from a backbone as a single process (or: deepspeed gaitfast/transfer.py)",
+    ),
     "rank": ("gaitfast.rank", "embed a dataset and rank it under a protocol"),
+    "export": ("gaitfast.export", "a model as OpenGait checkpoint, safetensors or ONNX graph"),
     "report": ("gaitfast.report.page", "draw the page of a run"),
     "doctor": ("gaitfast.doctor", "what is installed, which backend each op will use, what is missing"),
 }

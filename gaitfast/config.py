@@ -1,42 +1,33 @@
-"""Every option, once, as typed dataclasses; strict YAML; the DeepSpeed dict is derived here and nowhere else.
+"""Every option, once, as typed dataclasses; the DeepSpeed dict is derived here and nowhere else.
 
-A config file holds only what differs from the defaults below, which are the paper's (Table 6). An unknown key is an
-error that names the nearest one. `--set a.b=c` overrides one value; the resolved config is written into the run folder.
+A config file holds only what differs from the defaults below, the paper's (Table 6 for pretraining; OpenGait's
+recipe for transfer). An unknown key is an error that names the nearest one. `--set a.b=c` overrides one value; the
+resolved config is written into the run folder. How a file is read: strict_yaml.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
+from gaitfast.strict_yaml import UserError, check, check_choice, dump, load, to_dict
 
-
-class UserError(Exception):
-    """A mistake of the user's: one clear line that names the file or key, what is wrong and what to do. Exit code 2."""
-
-
-def _check(condition: bool, key: str, message: str) -> None:
-    if not condition:
-        raise UserError(f"{key}: {message}")
-
+__all__ = ["UserError", "dump", "load", "to_dict"]
 
 BACKBONES = ("gaitset", "gaitpart", "gaitgl", "smplgait", "gaitbase")
-VARIANTS = ("gait3d", "grew", "casia-b", "ou-mvlp", "grew-bnneck")
+VARIANTS = ("gait3d", "grew", "casia-b", "ou-mvlp", "grew-bnneck", "grew-baseline", "ou-mvlp-baseline")
+METRICS = ("cosine", "euclidean")
 
 
 @dataclass(kw_only=True, slots=True)
 class AugmentConfig:
-    """Probabilities of the five augmentations (Table 6; part blur from OpenGait's DA4GaitSSB recipe)."""
+    """Probabilities of the augmentations (Table 6; part blur from OpenGait's DA4GaitSSB recipe)."""
 
     affine: float = 0.2
     perspective: float = 0.2
     flip: float = 0.5
+    rotate: float = 0.0
+    """By up to 10 degrees; not part of pretraining's recipe."""
     part_dilate: float = 0.2
     part_blur: float = 0.2
     part_top: tuple[int, int] = (9, 20)
@@ -45,50 +36,52 @@ class AugmentConfig:
     """Inclusive range of the row behind the last one that the two part operations touch."""
 
     def __post_init__(self) -> None:
-        for name in ("affine", "perspective", "flip", "part_dilate", "part_blur"):
+        for name in ("affine", "perspective", "flip", "rotate", "part_dilate", "part_blur"):
             value = getattr(self, name)
-            _check(0.0 <= value <= 1.0, f"data.augment.{name}", f"a probability lies in 0..1, got {value}")
+            check(0.0 <= value <= 1.0, f"data.augment.{name}", f"a probability lies in 0..1, got {value}")
         for name in ("part_top", "part_bottom"):
             low, high = getattr(self, name)
-            _check(0 <= low <= high <= 64, f"data.augment.{name}", f"needs 0 <= low <= high <= 64, got {low}, {high}")
-        _check(
+            check(0 <= low <= high <= 64, f"data.augment.{name}", f"needs 0 <= low <= high <= 64, got {low}, {high}")
+        check(
             self.part_top[1] < self.part_bottom[0], "data.augment.part_top", "must end above data.augment.part_bottom"
         )
 
 
 @dataclass(kw_only=True, slots=True)
-class DataConfig:
-    """Where the clips come from and how a pair (s_E, s_G) is drawn (Sec. 3.1.5)."""
+class SourceConfig:
+    """Where the clips come from and which of their frames are taken."""
 
     path: str = ""
     """A folder that `gaitfast prepare` wrote."""
     split: str = "train"
     """`train`: the partition's TRAIN_SET; `test`: its TEST_SET; `all`: every sequence."""
     frames: int = 30
-    """N, the frames of each of the two clips."""
-    same_clip: bool = False
-    """s_E = s_G, the paper's Fig. 5."""
+    """N, the frames of a clip."""
     sampler: str = "auto"
-    """Frames of s_G: `auto` (the rule of the backbone's authors), `unordered`, `ordered`."""
+    """Frames of what the model sees: `auto` (the rule of its authors), `unordered`, `ordered`."""
     frames_skip: int = 0
     """For `ordered`: extra frames of the window from which N are chosen (GaitPart 10, GaitGL 0)."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
     threads: int = 0
     """DALI's CPU threads; 0: one per core, at most 16."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
 
     def __post_init__(self) -> None:
-        _check(self.split in ("train", "test", "all"), "data.split", f"is train, test or all, got {self.split!r}")
-        _check(1 <= self.frames <= 64, "data.frames", f"lies in 1..64, got {self.frames}")
-        _check(
-            self.sampler in ("auto", "unordered", "ordered"),
-            "data.sampler",
-            f"is auto, unordered or ordered, got {self.sampler!r}",
-        )
-        _check(self.frames_skip >= 0, "data.frames_skip", "must not be negative")
-        _check(self.threads >= 0, "data.threads", "must not be negative")
-        _check(1 <= self.prefetch <= 16, "data.prefetch", f"lies in 1..16, got {self.prefetch}")
+        check_choice(self.split, ("train", "test", "all"), "data.split")
+        check(1 <= self.frames <= 64, "data.frames", f"lies in 1..64, got {self.frames}")
+        check_choice(self.sampler, ("auto", "unordered", "ordered"), "data.sampler")
+        check(self.frames_skip >= 0, "data.frames_skip", "must not be negative")
+        check(self.threads >= 0, "data.threads", "must not be negative")
+        check(1 <= self.prefetch <= 16, "data.prefetch", f"lies in 1..16, got {self.prefetch}")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig(SourceConfig):
+    """How a pair (s_E, s_G) is drawn (Sec. 3.1.5); the sampler is that of s_G."""
+
+    same_clip: bool = False
+    """s_E = s_G, the paper's Fig. 5."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,9 +94,9 @@ class BackboneConfig:
     """Multiplies every channel count; 1 is the published network."""
 
     def __post_init__(self) -> None:
-        _check(self.name in BACKBONES, "backbone.name", f"is one of {', '.join(BACKBONES)}, got {self.name!r}")
-        _check(self.variant in VARIANTS, "backbone.variant", f"is one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        _check(0 < self.width <= 4, "backbone.width", f"lies in (0, 4], got {self.width}")
+        check_choice(self.name, BACKBONES, "backbone.name")
+        check_choice(self.variant, VARIANTS, "backbone.variant")
+        check(0 < self.width <= 4, "backbone.width", f"lies in (0, 4], got {self.width}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -123,7 +116,7 @@ class DenoiserConfig:
     """Initial dimension: 32, 64, 128 are the paper's 3.7, 11.6, 40.2 M."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.dim >= 32 and self.dim % 32 == 0,
             "denoiser.dim",
             f"must be a multiple of 32, got {self.dim}",
@@ -151,10 +144,9 @@ class DiffusionConfig:
             ("weighting", ("mnp", "min_snr", "uniform")),
             ("pooling", ("mean", "max", "mean+max")),
         ):
-            value = getattr(self, name)
-            _check(value in choices, f"diffusion.{name}", f"is one of {', '.join(choices)}, got {value!r}")
-        _check(self.gamma > 0, "diffusion.gamma", f"must be positive, got {self.gamma}")
-        _check(0 <= self.p_uncond < 1, "diffusion.p_uncond", f"lies in [0, 1), got {self.p_uncond}")
+            check_choice(getattr(self, name), choices, f"diffusion.{name}")
+        check(self.gamma > 0, "diffusion.gamma", f"must be positive, got {self.gamma}")
+        check(0 <= self.p_uncond < 1, "diffusion.p_uncond", f"lies in [0, 1), got {self.p_uncond}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -176,46 +168,56 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr_denoiser", "lr_backbone"):
-            _check(getattr(self, name) >= 0, f"optimizer.{name}", "must not be negative")
-        _check(self.weight_decay >= 0, "optimizer.weight_decay", "must not be negative")
-        _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", f"lie in [0, 1), got {self.betas}")
+            check(getattr(self, name) >= 0, f"optimizer.{name}", "must not be negative")
+        check(self.weight_decay >= 0, "optimizer.weight_decay", "must not be negative")
+        check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", f"lie in [0, 1), got {self.betas}")
         for name in ("warmup", "backbone_start"):
-            _check(getattr(self, name) >= 0, f"optimizer.{name}", "must not be negative")
-        _check(0 < self.warmup_factor <= 1, "optimizer.warmup_factor", f"lies in (0, 1], got {self.warmup_factor}")
-        _check(self.clip >= 0, "optimizer.clip", "must not be negative")
+            check(getattr(self, name) >= 0, f"optimizer.{name}", "must not be negative")
+        check(0 < self.warmup_factor <= 1, "optimizer.warmup_factor", f"lies in (0, 1], got {self.warmup_factor}")
+        check(self.clip >= 0, "optimizer.clip", "must not be negative")
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainConfig:
-    """Length, batch and precision of the run."""
+class LengthConfig:
+    """Length and precision of a run."""
 
     iterations: int = 120_000
-    batch: int = 64
-    """Sequences in the global batch of one optimizer step (Gait3D 64, GREW 128)."""
-    accumulation: int = 1
-    """Micro-batches into which each rank's share of the batch is cut."""
     precision: str = "bf16"
     """Autocast to bf16 or fp16 with float32 master weights, or fp32 throughout."""
     zero_stage: int = 2
+    accumulation: int = 1
+    """Micro-batches into which each rank's share of the batch is cut."""
     stop_after: int = 0
     """Stop cleanly (checkpoint, exit 0) after this many steps of this process; 0: run to the end."""
 
     def __post_init__(self) -> None:
-        _check(self.iterations >= 1, "train.iterations", f"must be positive, got {self.iterations}")
-        _check(self.batch >= 1, "train.batch", f"must be positive, got {self.batch}")
-        _check(self.accumulation >= 1, "train.accumulation", f"must be positive, got {self.accumulation}")
-        _check(
-            self.precision in ("bf16", "fp16", "fp32"),
-            "train.precision",
-            f"is bf16, fp16 or fp32, got {self.precision!r}",
-        )
-        _check(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", f"lies in 0..3, got {self.zero_stage}")
-        _check(self.stop_after >= 0, "train.stop_after", "must not be negative")
+        check(self.iterations >= 1, "train.iterations", f"must be positive, got {self.iterations}")
+        check(self.accumulation >= 1, "train.accumulation", f"must be positive, got {self.accumulation}")
+        check_choice(self.precision, ("bf16", "fp16", "fp32"), "train.precision")
+        check(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", f"lies in 0..3, got {self.zero_stage}")
+        check(self.stop_after >= 0, "train.stop_after", "must not be negative")
 
 
 @dataclass(kw_only=True, slots=True)
-class EvalConfig:
-    """What is measured during training, on the test partition."""
+class TrainConfig(LengthConfig):
+    """Length, batch and precision of a pretraining run."""
+
+    batch: int = 64
+    """Sequences in the global batch of one optimizer step (Gait3D 64, GREW 128)."""
+
+    def __post_init__(self) -> None:
+        LengthConfig.__post_init__(self)
+        check(self.batch >= 1, "train.batch", f"must be positive, got {self.batch}")
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in the global batch."""
+        return self.batch
+
+
+@dataclass(kw_only=True, slots=True)
+class RankingConfig:
+    """When and on what rank-1 is measured during training: the test partition."""
 
     every: int = 5_000
     """Steps between evaluations; 0: only before and after."""
@@ -223,18 +225,27 @@ class EvalConfig:
     """Dataset to evaluate on; empty: the one trained on."""
     protocol: str = "auto"
     """A protocol of `gaitfast rank`; auto: the one that the dataset names."""
-    condition_clips: int = 256
-    """Held-out clips in the direct measure loss_self, loss_same, loss_other, loss_null."""
-    condition_timesteps: int = 8
-    """Fixed timesteps per clip of that measure, spread over 1..1000."""
     frames_limit: int = 720
     """Frames of a sequence that are embedded at most (OpenGait's frames_all_limit)."""
 
     def __post_init__(self) -> None:
-        _check(self.every >= 0, "eval.every", "must not be negative")
-        _check(self.condition_clips >= 1, "eval.condition_clips", "must be positive")
-        _check(self.condition_timesteps >= 1, "eval.condition_timesteps", "must be positive")
-        _check(self.frames_limit >= 1, "eval.frames_limit", "must be positive")
+        check(self.every >= 0, "eval.every", "must not be negative")
+        check(self.frames_limit >= 1, "eval.frames_limit", "must be positive")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig(RankingConfig):
+    """What is measured during pretraining."""
+
+    condition_clips: int = 256
+    """Held-out clips in the direct measure loss_self, loss_same, loss_other, loss_null."""
+    condition_timesteps: int = 8
+    """Fixed timesteps per clip of that measure, spread over 1..1000."""
+
+    def __post_init__(self) -> None:
+        RankingConfig.__post_init__(self)
+        check(self.condition_clips >= 1, "eval.condition_clips", "must be positive")
+        check(self.condition_timesteps >= 1, "eval.condition_timesteps", "must be positive")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -245,8 +256,8 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _check(self.every >= 1, "checkpoint.every", "must be positive")
-        _check(self.keep >= 1, "checkpoint.keep", "must be positive")
+        check(self.every >= 1, "checkpoint.every", "must be positive")
+        check(self.keep >= 1, "checkpoint.keep", "must be positive")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -268,124 +279,197 @@ class PretrainConfig:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**63, "seed", f"lies in 0..2^63-1, got {self.seed}")
-        _check(self.log_every >= 1, "log_every", "must be positive")
+        check(0 <= self.seed < 2**63, "seed", f"lies in 0..2^63-1, got {self.seed}")
+        check(self.log_every >= 1, "log_every", "must be positive")
 
 
-# --- strict reading ---------------------------------------------------------------------------------------------------
+# --- the transfer stage (Sec. 3.2) ------------------------------------------------------------------------------------
 
 
-def _convert(value: Any, kind: Any, key: str) -> Any:
-    """`value` from YAML as `kind`, or a UserError that names the key."""
-    if dataclasses.is_dataclass(kind):
-        _check(isinstance(value, dict), key, f"is a section, got {value!r}")
-        return _build(kind, value, key)
-    if typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
-        _check(
-            isinstance(value, (list, tuple)) and len(value) == len(items),
-            key,
-            f"needs {len(items)} values, got {value!r}",
+@dataclass(kw_only=True, slots=True)
+class SupervisedAugmentConfig(AugmentConfig):
+    """Augmentation of supervised training: the GaitBase paper's, which Sec. 4.1 cites."""
+
+    enabled: bool = False
+    """The paper's columns without and with data augmentation."""
+    affine: float = 0.0
+    flip: float = 0.2
+    rotate: float = 0.2
+    part_dilate: float = 0.0
+    part_blur: float = 0.0
+    per_batch: bool = False
+    """One draw for the whole batch, as OpenGait does where the number of frames is drawn (GaitBase)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClipConfig(SourceConfig):
+    """Which sequences are trained on, and the clip of each."""
+
+    frames_range: tuple[int, int] = (0, 0)
+    """Draw the frames of each clip from this inclusive range instead (OpenGait's `unfixed`); (0, 0): `frames`."""
+    augment: SupervisedAugmentConfig = field(default_factory=SupervisedAugmentConfig)
+
+    def __post_init__(self) -> None:
+        SourceConfig.__post_init__(self)
+        low, high = self.frames_range
+        check(
+            self.frames_range == (0, 0) or 1 <= low <= high <= 64,
+            "data.frames_range",
+            f"needs 1 <= low <= high <= 64, or 0, 0 for a fixed number; got {low}, {high}",
         )
-        return tuple(_convert(v, k, f"{key}[{i}]") for i, (v, k) in enumerate(zip(value, items)))
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise UserError(f"{key}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
 
 
-def _build(cls: type, values: dict, prefix: str = "") -> Any:
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.0)
-            raise UserError(f"{key}: unknown key; did you mean {prefix + '.' if prefix else ''}{near[0]}?")
-        if value is None and isinstance(hints[name], types.UnionType):
-            arguments[name] = None
-        else:
-            arguments[name] = _convert(value, hints[name], key)
-    return cls(**arguments)
+@dataclass(kw_only=True, slots=True)
+class InitConfig:
+    """Where the backbone's weights come from and how they are trained; the head always starts anew."""
+
+    init: str = "xavier_uniform"
+    """`backbone.safetensors` of a run, an OpenGait checkpoint (.pt, of which the backbone is taken), or a way to draw
+    every weight: xavier_uniform (OpenGait's), xavier_normal, he (A.9)."""
+    freeze: bool = False
+    """Leave the backbone as it is, its batch norms in eval mode (Sec. 4.3.1)."""
+    ratio: float = 1.0
+    """r: learning rate of the backbone over that of the head (Sec. 4.3.2)."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.init), "transfer.init", "names a checkpoint, or xavier_uniform, xavier_normal or he")
+        check(0 < self.ratio <= 100, "transfer.ratio", f"lies in (0, 100], got {self.ratio}; transfer.freeze is r = 0")
 
 
-def _override(tree: dict, assignment: str) -> None:
-    """Put `a.b=c` into a nested dict."""
-    key, equals, text = assignment.partition("=")
-    _check(bool(equals) and bool(key), f"--set {assignment}", "write --set section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {assignment}: the value is not YAML ({error.__class__.__name__})") from None
-    *parents, last = key.split(".")
-    node = tree
-    for name in parents:
-        node = node.setdefault(name, {})
-        _check(isinstance(node, dict), f"--set {key}", f"{name} is not a section")
-    node[last] = "" if value is None else value
+@dataclass(kw_only=True, slots=True)
+class TripletConfig:
+    """Batch-all triplet loss per part (Sec. 3.2)."""
+
+    weight: float = 1.0
+    margin: float = 0.2
+    metric: str = "cosine"
+    """cosine (the paper) or euclidean (OpenGait)."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.weight < 1e6, "triplet.weight", f"must be positive, got {self.weight}")
+        check(0 <= self.margin < 1e6, "triplet.margin", f"must not be negative, got {self.margin}")
+        check_choice(self.metric, METRICS, "triplet.metric")
 
 
-def load(cls: type, path: str | Path, overrides: typing.Sequence[str] = ()) -> Any:
-    """Read `cls` from a YAML file and `a.b=c` overrides. UserError for a missing file, bad YAML, a bad key or value."""
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    tree = {} if tree is None else tree
-    _check(isinstance(tree, dict), str(path), "the top level must be keys and values")
-    for assignment in overrides:
-        _override(tree, assignment)
-    try:
-        return _build(cls, tree)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+@dataclass(kw_only=True, slots=True)
+class IdentityConfig:
+    """Cross-entropy over the identities, for models with a classifier (eq. 5)."""
+
+    weight: float = 0.1
+    """0: no identity loss, and no classifier is built."""
+    scale: float = 16.0
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        check(0 <= self.weight < 1e6, "identity.weight", f"must not be negative, got {self.weight}")
+        check(0 < self.scale < 1e6, "identity.scale", f"must be positive, got {self.scale}")
+        check(0 <= self.smoothing < 1, "identity.smoothing", f"lies in [0, 1), got {self.smoothing}")
 
 
-def to_dict(config: Any) -> dict:
-    """Plain nested dict of a config, tuples as lists, for YAML, JSON and checkpoint metadata."""
+@dataclass(kw_only=True, slots=True)
+class StepOptimizerConfig:
+    """SGD, Adam or AdamW, whose learning rate drops at milestones."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    name: str = "adam"
+    lr: float = 1e-3
+    """Of the head; the backbone's is `transfer.ratio` times it."""
+    momentum: float = 0.9
+    """Of sgd."""
+    weight_decay: float = 5e-4
+    """Added to the gradient (sgd, adam) or decoupled from it (adamw)."""
+    milestones: tuple[int, ...] = (30_000, 90_000)
+    """Steps at which the rates are multiplied by gamma."""
+    milestones_for: int = 180_000
+    """Length of the run that `milestones` are written for: with another train.iterations each one is multiplied by
+    train.iterations / milestones_for and rounded. 0: taken as written."""
+    gamma: float = 0.1
+    clip: float = 0.0
+    """Largest norm of the gradient; 0: no clipping."""
 
-    return plain(dataclasses.asdict(config))
+    def __post_init__(self) -> None:
+        check_choice(self.name, ("sgd", "adam", "adamw"), "optimizer.name")
+        check(0 <= self.lr < 1e6, "optimizer.lr", f"must not be negative, got {self.lr}")
+        check(0 <= self.momentum < 1, "optimizer.momentum", f"lies in [0, 1), got {self.momentum}")
+        check(0 <= self.weight_decay < 1e6, "optimizer.weight_decay", "must not be negative")
+        increasing = all(a < b for a, b in zip((0, *self.milestones), self.milestones))
+        check(increasing, "optimizer.milestones", f"must be positive and increase, got {list(self.milestones)}")
+        check(self.milestones_for >= 0, "optimizer.milestones_for", "must not be negative")
+        check(0 < self.gamma <= 1, "optimizer.gamma", f"lies in (0, 1], got {self.gamma}")
+        check(self.clip >= 0, "optimizer.clip", "must not be negative")
 
 
-def dump(config: Any) -> str:
-    """The config as YAML, every value written out."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+@dataclass(kw_only=True, slots=True)
+class TransferTrainConfig(LengthConfig):
+    """Length, batch and precision of a transfer run."""
+
+    iterations: int = 60_000
+    batch: tuple[int, int] = (32, 4)
+    """P people and K sequences of each in the global batch."""
+
+    def __post_init__(self) -> None:
+        LengthConfig.__post_init__(self)
+        check(min(self.batch) >= 2, "train.batch", f"needs at least 2 people x 2 sequences, got {list(self.batch)}")
+        check(
+            self.accumulation == 1,
+            "train.accumulation",
+            "a batch-all triplet loss needs the whole batch at once; use more ranks or a smaller train.batch",
+        )
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in the global batch, P x K."""
+        return self.batch[0] * self.batch[1]
+
+
+@dataclass(kw_only=True, slots=True)
+class TransferEvalConfig(RankingConfig):
+    """What is measured during transfer."""
+
+    metric: str = "cosine"
+    output: str = "embedding"
+    """embedding (of the head) or feature (of the backbone)."""
+
+    def __post_init__(self) -> None:
+        RankingConfig.__post_init__(self)
+        check_choice(self.metric, METRICS, "eval.metric")
+        check_choice(self.output, ("embedding", "feature"), "eval.output")
+
+
+@dataclass(kw_only=True, slots=True)
+class TransferConfig:
+    """One transfer run, whole. The defaults are those of SMPLGait w/o 3D on Gait3D."""
+
+    run: str = "runs/transfer"
+    """Folder of the run: config, metrics, checkpoints, recognizer, backbone, report."""
+    seed: int = 0
+    data: ClipConfig = field(default_factory=ClipConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    transfer: InitConfig = field(default_factory=InitConfig)
+    triplet: TripletConfig = field(default_factory=TripletConfig)
+    identity: IdentityConfig = field(default_factory=IdentityConfig)
+    optimizer: StepOptimizerConfig = field(default_factory=StepOptimizerConfig)
+    train: TransferTrainConfig = field(default_factory=TransferTrainConfig)
+    eval: TransferEvalConfig = field(default_factory=TransferEvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = 50
+
+    __post_init__ = PretrainConfig.__post_init__
 
 
 # --- what follows from a config ---------------------------------------------------------------------------------------
 
 
-def batch_per_rank(train: TrainConfig, world_size: int) -> int:
+def batch_per_rank(train: TrainConfig | TransferTrainConfig, world_size: int) -> int:
     """Sequences of the global batch that one rank takes. UserError if the batch does not divide."""
-    _check(
-        train.batch % (world_size * train.accumulation) == 0,
+    check(
+        train.sequences % (world_size * train.accumulation) == 0,
         "train.batch",
-        f"{train.batch} does not divide by {world_size} ranks x {train.accumulation} accumulation steps",
+        f"{train.sequences} does not divide by {world_size} ranks x {train.accumulation} accumulation steps",
     )
-    return train.batch // world_size
+    return train.sequences // world_size
 
 
-def deepspeed_config(config: PretrainConfig, world_size: int) -> dict:
+def deepspeed_config(config: PretrainConfig | TransferConfig, world_size: int) -> dict:
     """The dict for `deepspeed.initialize`: ZeRO stage, precision, accumulation; the schedule is in engine/zero.py."""
     train = config.train
     micro = batch_per_rank(train, world_size) // train.accumulation
@@ -395,7 +479,7 @@ def deepspeed_config(config: PretrainConfig, world_size: int) -> dict:
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
         precision["torch_autocast"] = {"enabled": True, "dtype": dtype}
     return {
-        "train_batch_size": train.batch,
+        "train_batch_size": train.sequences,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optimizer.clip,

@@ -28,6 +28,11 @@ from gaitfast.retrieval import protocols
 _PAIRS = 256
 
 
+def rank_unseen(result: dict[str, float]) -> dict[str, float]:
+    """An evaluation's metrics; where people that were trained on are ranked as well (usf17), `rank1` is the others'."""
+    return {**result, "rank1_all": result["rank1"], "rank1": result.get("rank1_unseen", result["rank1"])}
+
+
 class HeldOut:
     """Fixed clips of test people for the direct measure, each with its three conditions, as uint8 frames.
 
@@ -173,10 +178,7 @@ class Measures:
         )
         cosine = protocols.evaluate(self.protocol, self.dataset, embeddings, metric="cosine")
         euclidean = protocols.evaluate(self.protocol, self.dataset, embeddings, metric="euclidean")
-        row = dict(cosine)
-        # Where a protocol ranks people that were trained on as well (usf17), `rank1` is that of the others.
-        unseen = "rank1_unseen" if "rank1_unseen" in cosine else "rank1"
-        row |= {"rank1_all": cosine["rank1"], "rank1": cosine[unseen], "rank1_euclidean": euclidean[unseen]}
+        row = {**rank_unseen(cosine), "rank1_euclidean": rank_unseen(euclidean)["rank1"]}
         row |= self.distances(objective)
         device = self.world.device
         held = self.held_out

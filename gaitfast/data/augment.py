@@ -1,7 +1,8 @@
-"""The random parameters of the five augmentations, one draw per clip: pure functions of (config, seed, step, sample).
+"""The random parameters of the augmentations, one draw per clip: pure functions of (config, seed, step, sample).
 
 Ranges are those of OpenGait's DA4GaitSSB recipe, which the paper's Table 6 names: RandomAffine, RandomPerspective,
 the cut from 64 to 44 columns (s_G only), RandomHorizontalFlip, RandomPartDilate, RandomPartBlur, in this order.
+Supervised training (the GaitBase paper's recipe) takes RandomPerspective, the cut, RandomHorizontalFlip, RandomRotate.
 Everything geometric is composed into one homography per clip, so a frame is interpolated once; OpenGait rounds to
 whole grey levels after each operation instead.
 
@@ -11,18 +12,20 @@ calls WARP_INVERSE_MAP and DALI inverse_map=True, pixel_origin="center".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gaitfast import randomness
-from gaitfast.config import AugmentConfig
+from gaitfast.config import AugmentConfig, SupervisedAugmentConfig
 
 SIZE = 64
 """Rows and columns of a stored frame."""
 WIDTH_E, WIDTH_G = 64, 44
 """Columns of s_E and s_G; the cut takes the same number from each side."""
 
+_DEGREES = 10
+"""Largest angle of RandomRotate."""
 _SHIFT = 10
 """Corners move by 0..9 pixels (OpenGait: int(dh // 64 * 10) for the affine, int(w // 44) * 10 for the perspective)."""
 
@@ -62,9 +65,9 @@ class ClipParameters:
     width: int
     """Columns that remain: 64 or 44."""
     matrix: np.ndarray
-    """float64 (B, 3, 3): output pixel -> input pixel; affine, perspective, cut and flip in one."""
+    """float64 (B, 3, 3): output pixel -> input pixel; affine, perspective, cut, flip and rotation in one."""
     warp: np.ndarray
-    """bool (B,): whether an affine or a perspective was drawn. Else `matrix` is cut and flip: copying is exact."""
+    """bool (B,): whether affine, perspective or rotation was drawn. Else `matrix` is cut and flip: copying is exact."""
     flip: np.ndarray
     """bool (B,)."""
     kernel: np.ndarray
@@ -137,6 +140,22 @@ def cut_and_flip_matrix(flip: np.ndarray, width: int) -> np.ndarray:
     return matrix
 
 
+def rotation_matrix(draws: np.ndarray, width: int) -> np.ndarray:
+    """RandomRotate: uniform draws (B,) -> (B, 3, 3), output pixel -> input pixel, by -10..10 degrees.
+
+    The centre is OpenGait's, (32, width / 2) as (x, y): it confuses height and width, so a frame of 44 columns turns
+    around a point right of its own centre (22, 32). Kept, because published models were trained so.
+    """
+    angle = np.deg2rad((2 * draws - 1) * _DEGREES)
+    x, y = SIZE // 2, width // 2
+    cos, sin = np.cos(angle), np.sin(angle)
+    matrix = np.zeros((len(draws), 3, 3))
+    matrix[:, 0] = np.stack([cos, -sin, (1 - cos) * x + sin * y], axis=1)
+    matrix[:, 1] = np.stack([sin, cos, (1 - cos) * y - sin * x], axis=1)
+    matrix[:, 2, 2] = 1
+    return matrix
+
+
 def _rows(draws: np.ndarray, drawn: np.ndarray, config: AugmentConfig) -> np.ndarray:
     """Two uniform draws (B, 2) -> int64 (B, 2): the rows of a part operation, (0, 0) where it was not drawn."""
     top, bottom = _integers(draws[:, 0], *config.part_top), _integers(draws[:, 1], *config.part_bottom)
@@ -150,8 +169,9 @@ def draw_parameters(
 
     The draw does not depend on `width`, so the same purpose gives the same augmentation of s_E and s_G.
     """
-    draws = randomness.uniform(seed, purpose, step, sample, 26)
+    draws = randomness.uniform(seed, purpose, step, sample, 28)
     affine, perspective, flip = draws[:, 0] < config.affine, draws[:, 1] < config.perspective, draws[:, 2] < config.flip
+    rotate = draws[:, 26] < config.rotate
 
     source, target = affine_points(draws[:, 5:17])
     top, bottom = perspective_sides(draws[:, 17:21])
@@ -159,10 +179,11 @@ def draw_parameters(
     identity = np.eye(3)
     first = np.where(affine[:, None, None], affine_matrix(target, source), identity)
     second = np.where(perspective[:, None, None], perspective_matrix(top, bottom), identity)
+    last = np.where(rotate[:, None, None], rotation_matrix(draws[:, 27], width), identity)
     return ClipParameters(
         width=width,
-        matrix=first @ second @ cut_and_flip_matrix(flip, width),
-        warp=affine | perspective,
+        matrix=first @ second @ cut_and_flip_matrix(flip, width) @ last,
+        warp=affine | perspective | rotate,
         flip=flip,
         kernel=_integers(draws[:, 21], 0, len(KERNELS) - 1),
         dilate_rows=_rows(draws[:, 22:24], draws[:, 3] < config.part_dilate, config),
@@ -180,3 +201,14 @@ def draw_pair(
         draw_parameters(config, purpose="augmentation of s_E", width=WIDTH_E, **address),
         draw_parameters(config, purpose=purpose_g, width=WIDTH_G, **address),
     )
+
+
+def draw_supervised(config: SupervisedAugmentConfig, *, seed: int, step: int, sample: np.ndarray) -> ClipParameters:
+    """Parameters of the clips of supervised training; without `config.enabled` the cut to 44 columns alone."""
+    if not config.enabled:
+        names = ("affine", "perspective", "flip", "rotate", "part_dilate", "part_blur")
+        config = replace(config, **dict.fromkeys(names, 0.0))
+    if config.per_batch:
+        sample = np.zeros_like(sample)
+    purpose = "augmentation of the training clip"
+    return draw_parameters(config, seed=seed, purpose=purpose, step=step, sample=sample, width=WIDTH_G)

@@ -295,6 +295,8 @@ def _read_facts(path: Path) -> tuple[bytes, dict]:
             raise ValueError("name and protocol must be strings")
         if not isinstance(facts["partition"], dict | None):
             raise ValueError("partition must be an object or null")
+        if not isinstance(facts.get("findings", {}), dict):
+            raise ValueError("findings must be an object")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged ({error}); copy the dataset again") from None
     return text, facts
@@ -340,8 +342,9 @@ def write_facts(
     index: ShardRecord,
     records: Sequence[ShardRecord],
     partition: dict | None,
+    findings: dict | None = None,
 ) -> None:
-    """Write dataset.json, the last file of a dataset."""
+    """Write dataset.json, the last file of a dataset. `findings`: what `gaitfast prepare` noticed (see packing.py)."""
     facts = {
         "format": FORMAT,
         "version": VERSION,
@@ -352,6 +355,7 @@ def write_facts(
         "frame": {"dtype": "uint8", "shape": list(codec.FRAME_SHAPE), "codec": "lz4-block"},
         "order": "id, then type, then view, by Unicode code point",
         "partition": partition,
+        "findings": findings or {},
         "index": index._asdict(),
         "shards": [record._asdict() for record in records],
     }

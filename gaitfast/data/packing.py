@@ -3,6 +3,11 @@
 All work happens in OUT.partial/. A shard is finished when its record lies in OUT.partial/progress/; after a kill at any
 moment the same command keeps the finished shards and goes on. The last act renames OUT.partial to OUT, so a dataset is
 complete or absent. What a shard holds follows from the list alone, so the output does not depend on the workers.
+
+What is odd about the whole goes into dataset.json as `findings`: `published` (counts that are not the published ones,
+what -> [found, published]), `duplicates` (groups of sequence numbers that are equal frame by frame), `lookalikes`
+(groups of ids, types or views that differ by case or padding alone), and of GREW `unsorted_pairs` (ids whose 01 and 02
+are not in the order of their names).
 """
 
 from __future__ import annotations
@@ -28,9 +33,9 @@ from typing import NamedTuple, Protocol
 import lz4
 import numpy as np
 
-from gaitfast import files
+from gaitfast import files, names
 from gaitfast.config import UserError
-from gaitfast.data import packed, shards
+from gaitfast.data import packed, published, shards
 from gaitfast.data.partition import Partition
 from gaitfast.data.sources import Entry, Listing, Problem, SourceError
 
@@ -80,10 +85,12 @@ class ShardWork(NamedTuple):
 
 
 class ShardResult(NamedTuple):
-    """What became of a shard; kept in its record. `lengths`: frames of each entry, 0 where it was left out."""
+    """What became of a shard; kept in its record. `lengths`: frames of each entry, 0 where it was left out; `digests`:
+    BLAKE2b-128 of its frames, "" where it was left out."""
 
     shard: packed.ShardRecord
     lengths: list[int]
+    digests: list[str]
     problems: list[Problem]
 
 
@@ -93,19 +100,22 @@ class _Stopped(Exception):
 
 def pack_shard(work: ShardWork, done: Progress) -> ShardResult:
     """Write one shard and its record, durably. Sequences that cannot be read become problems."""
-    lengths, problems = [], []
+    lengths, digests, problems = [], [], []
     temporary = work.file.with_suffix(f".{os.getpid()}.tmp")
     writer = shards.ShardWriter(temporary)
     try:
         for entry in work.entries:
-            before = writer.num_frames
+            before, digest = writer.num_frames, ""
             try:
-                writer.append(work.source.read(entry))
+                frames = work.source.read(entry)
+                writer.append(frames)
+                digest = hashlib.blake2b(np.ascontiguousarray(frames), digest_size=16).hexdigest()
             except SourceError as error:
                 problems.append(Problem(error.path, error.reason))
             except MemoryError:
                 problems.append(Problem(entry.paths[0], "does not fit into memory"))
             lengths.append(writer.num_frames - before)
+            digests.append(digest)
             done(1, lengths[-1])
         writer.close()
     except BaseException:
@@ -118,9 +128,9 @@ def pack_shard(work: ShardWork, done: Progress) -> ShardResult:
     )
     temporary.rename(work.file)
     files.sync(work.folder)
-    result = ShardResult(record, lengths, problems)
+    result = ShardResult(record, lengths, digests, problems)
     temporary = work.record.with_suffix(f".{os.getpid()}.tmp")
-    shards.write_text(temporary, json.dumps([record._asdict(), lengths, problems]))
+    shards.write_text(temporary, json.dumps([record._asdict(), lengths, digests, problems]))
     temporary.rename(work.record)
     return result
 
@@ -128,9 +138,9 @@ def pack_shard(work: ShardWork, done: Progress) -> ShardResult:
 def _finished(work: ShardWork) -> ShardResult | None:
     """The result of a shard that an earlier run finished."""
     try:
-        record, lengths, problems = json.loads(work.record.read_text(encoding="utf-8"))
-        result = ShardResult(packed.ShardRecord(**record), lengths, [Problem(*p) for p in problems])
-        whole = work.file.stat().st_size == result.shard.bytes and len(lengths) == len(work.entries)
+        record, lengths, digests, problems = json.loads(work.record.read_text(encoding="utf-8"))
+        result = ShardResult(packed.ShardRecord(**record), lengths, digests, [Problem(*p) for p in problems])
+        whole = work.file.stat().st_size == result.shard.bytes and len(lengths) == len(digests) == len(work.entries)
         return result if whole else None
     except (OSError, ValueError, TypeError):
         return None
@@ -299,5 +309,30 @@ def _assemble(job: Job, listing: Listing, results: list[ShardResult], folder: Pa
     if problems:
         text = json.dumps([problem._asdict() for problem in problems], indent=1)
         shards.write_text(folder / "problems.json", text + "\n")
-    packed.write_facts(folder, name=job.name, protocol=job.protocol, index=index, records=records, partition=facts)
+    digests = [digest for result in results for digest in result.digests if digest]
+    found = _findings(job.protocol, keys, digests, facts)
+    packed.write_facts(
+        folder, name=job.name, protocol=job.protocol, index=index, records=records, partition=facts, findings=found
+    )
     return problems
+
+
+def _findings(protocol: str, keys: list[tuple[str, str, str]], digests: list[str], facts: dict | None) -> dict:
+    """What is odd about the sequences `keys` (id, type, view) in their order; only what there is."""
+    ids, types, views = (set(column) for column in zip(*keys))
+    copies: dict[str, list[int]] = {}
+    for number, digest in enumerate(digests):
+        copies.setdefault(digest, []).append(number)
+    found = {
+        "published": published.differences(protocol, {"subjects": len(ids), "sequences": len(keys)} | (facts or {})),
+        "duplicates": [group for group in copies.values() if len(group) > 1],
+        # GREW's and Gait3D's views are free names, random ones at that, so likeness means nothing there
+        "lookalikes": [group for side in (ids, types) for group in names.lookalikes(side)]
+        + (names.lookalikes(views) if protocol in ("casia-b", "ou-mvlp") else []),
+    }
+    if protocol == "grew":
+        pairs: dict[str, dict[str, str]] = {}
+        for subject, condition, view in keys:
+            pairs.setdefault(subject, {})[condition] = view
+        found["unsorted_pairs"] = sum("01" in p and "02" in p and p["01"] > p["02"] for p in pairs.values())
+    return {key: value for key, value in found.items() if value}

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from gaitfast import names
 from gaitfast.config import UserError
 from gaitfast.data.packed import PROBE, TEST, TRAIN
+
+NEAR_MISSES = 20
+"""Names of the partition that differ from one of the dataset by case or padding alone: how many are recorded."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class Partition:
 
     def apply(self, keys: Sequence[tuple[str, str, str]]) -> tuple[np.ndarray, dict]:
         """Flags uint8 (N) of sequences (id, type, view), and the facts for dataset.json: how many sequences each set
-        has, and how many names of the partition no sequence answers to. UserError if it fits no subject or no probe,
-        or if a probe's name fits two sequences or one outside TEST_SET."""
+        has, how many names of the partition no sequence answers to, and which of these differ from one that is there
+        by case or padding alone. UserError if it fits no subject or no probe, or if a probe's name fits two sequences
+        or one outside TEST_SET."""
         flags = np.zeros(len(keys), np.uint8)
         subjects: set[str] = set()
         probes: dict[str, int] = {}
@@ -74,10 +79,20 @@ class Partition:
                 probes[name] = i
                 flags[i] += PROBE
         listed = self.train | self.test
+        near = names.near(listed, subjects)
         if not listed & subjects:
-            raise UserError(f"{self.source}: lists no subject of this dataset (e.g. {min(subjects)}); wrong file?")
+            raise UserError(
+                f"{self.source}: lists no subject of this dataset (e.g. {min(subjects)}); "
+                + _advice(near, "wrong file?")
+            )
         if self.probe and not probes and self.test & subjects:
-            raise UserError(f"{self.source}: no sequence has a name in PROBE_SET (e.g. {min(self.probe)}); wrong file?")
+            near = names.near(self.probe, map("-".join, keys))
+            raise UserError(
+                f"{self.source}: no sequence has a name in PROBE_SET (e.g. {min(self.probe)}); "
+                + _advice(near, "wrong file?")
+            )
+        if len(probes) < len(self.probe):
+            near += names.near(self.probe - set(probes), map("-".join, keys))
         facts = {
             "train": int(((flags & TRAIN) > 0).sum()),
             "test": int(((flags & TEST) > 0).sum()),
@@ -87,5 +102,12 @@ class Partition:
             "missing_subjects": len(listed - subjects),
             "missing_probes": len(self.probe) - len(probes),
             "unlisted_sequences": int((flags == 0).sum()),
+            "near_misses": [list(pair) for pair in near[:NEAR_MISSES]],
         }
         return flags, facts
+
+
+def _advice(near: list[tuple[str, str]], otherwise: str) -> str:
+    if not near:
+        return otherwise
+    return f"it says {near[0][0]!r} where the dataset has {near[0][1]!r}: names are equal to the character or different"

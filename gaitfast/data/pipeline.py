@@ -1,4 +1,6 @@
-"""Batches for pretraining through NVIDIA DALI, on a GPU or on the CPU: s_E and s_G of each sequence in one pipeline.
+"""Batches through NVIDIA DALI, on a GPU or on the CPU: all clips of a step in one pipeline.
+
+Pretraining has two clips of each sequence, s_E and s_G; supervised training has one (plan.py).
 
 Every operator is given explicit parameters, one set per clip (a DALI sample is a whole clip, FHWC), which augment.py
 draws; DALI's own random numbers are not used. So a batch depends on the step alone, not on threads or look-ahead.
@@ -18,7 +20,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -27,14 +31,15 @@ import torch
 from nvidia.dali import pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from gaitfast.config import DataConfig, UserError
+from gaitfast.config import ClipConfig, DataConfig, UserError
 from gaitfast.data import part_ops
-from gaitfast.data.augment import KERNELS, SIZE, WIDTH_E, WIDTH_G, ClipParameters, draw_pair
-from gaitfast.data.batch import PretrainBatch
+from gaitfast.data.augment import KERNELS, SIZE, ClipParameters
+from gaitfast.data.batch import PretrainBatch, RecognitionBatch
 from gaitfast.data.packed import PackedDataset
+from gaitfast.data.plan import Clip, Plan, make_plan
 from gaitfast.data.prefetch import Prefetcher
-from gaitfast.data.sampling import Sampler, Selection
 
+Batch = PretrainBatch | RecognitionBatch
 _IN_FLIGHT = 2
 """Batches within DALI: one is computed while the next is read."""
 _BOXES = np.array([kernel.boxes for kernel in KERNELS], np.int32)
@@ -98,16 +103,17 @@ def inflate(chunks, sizes):
 
 
 @pipeline_def(enable_conditionals=True)
-def cpu_pair(source, widths: tuple[int, int]):
-    """s_E and s_G after the geometric augmentations. `source` yields what `cpu_inputs` gives for both."""
-    inputs = fn.external_source(source, num_outputs=8, layout=["FHWC", "", "", ""] * 2, no_copy=True)
+def cpu_clips(source, widths: tuple[int, ...]):
+    """The clips of a step after the geometric augmentations. `source` yields what `cpu_inputs` gives for each."""
+    layout = ["FHWC", "", "", ""] * len(widths)
+    inputs = fn.external_source(source, num_outputs=4 * len(widths), layout=layout, no_copy=True)
     return tuple(geometry(*inputs[4 * k : 4 * k + 4], width) for k, width in enumerate(widths))
 
 
 @pipeline_def(enable_conditionals=True)
-def gpu_pair(source, widths: tuple[int, int]):
-    """s_E and s_G, decoded and augmented. `source` yields what `gpu_inputs` gives for both."""
-    inputs = fn.external_source(source, num_outputs=26)
+def gpu_clips(source, widths: tuple[int, ...]):
+    """The clips of a step, decoded and augmented. `source` yields what `gpu_inputs` gives for each."""
+    inputs = fn.external_source(source, num_outputs=13 * len(widths))
     clips = []
     for k, width in enumerate(widths):
         chunks, sizes, *rest = inputs[13 * k : 13 * k + 13]
@@ -134,7 +140,7 @@ def _strip_inputs(rows: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def gpu_inputs(chunks: tuple[np.ndarray, ...], parameters: ClipParameters, frames: int) -> tuple:
-    """Compressed chunks (PackedDataset.chunk_bytes of B x `frames` frames) and parameters as `gpu_pair` takes them."""
+    """Compressed chunks (PackedDataset.chunk_bytes of B x `frames` frames) and parameters as `gpu_clips` takes them."""
     data, offset, size = chunks
     first = offset[::frames]
     clips = [data[a:b] for a, b in zip(first, [*first[1:], len(data)])]
@@ -158,12 +164,12 @@ def gpu_inputs(chunks: tuple[np.ndarray, ...], parameters: ClipParameters, frame
 class _Source:
     """What DALI asks for the next inputs. Ends at the first failure, which the loader raises once its step is due."""
 
-    def __init__(self, dataset: PackedDataset, config: DataConfig, select: Sampler, seed: int, step: int, gpu: bool):
-        self._dataset, self._config, self._select, self._seed, self._gpu = dataset, config, select, seed, gpu
+    def __init__(self, dataset: PackedDataset, plan: Plan, step: int, gpu: bool):
+        self._dataset, self._plan, self._gpu = dataset, plan, gpu
         self.step = step
         """The step that is read next."""
         self.failure: Exception | None = None
-        self.pending: deque[tuple[Selection, tuple[ClipParameters, ClipParameters]]] = deque()
+        self.pending: deque[tuple[Any, Sequence[Clip]]] = deque()
         """Steps that DALI has not yet returned, oldest first."""
         self._lent: deque[tuple] = deque(maxlen=_IN_FLIGHT + 2)
         """Inputs that DALI reads without a copy (no_copy=True), kept alive until it has."""
@@ -179,21 +185,19 @@ class _Source:
         return inputs
 
     def _read(self, step: int) -> tuple:
-        selection = self._select(step)
-        same = self._config.same_clip
-        pair = draw_pair(self._config.augment, seed=self._seed, step=step, sample=selection.sample, same_clip=same)
+        selection = self._plan.select(step)
+        clips = self._plan.clips(selection)
+        wanted = {id(clip.frames): clip.frames for clip in clips}  # clips of the same frames are read once
         if self._gpu:
-            count = self._config.frames
-            chunks_e = self._dataset.chunk_bytes(selection.frames_e.ravel())
-            chunks_g = chunks_e if same else self._dataset.chunk_bytes(selection.frames_g.ravel())
-            inputs = (*gpu_inputs(chunks_e, pair[0], count), *gpu_inputs(chunks_g, pair[1], count))
+            read = {key: self._dataset.chunk_bytes(frames.ravel()) for key, frames in wanted.items()}
+            inputs = [gpu_inputs(read[id(clip.frames)], clip.parameters, clip.frames.shape[1]) for clip in clips]
         else:
-            wanted = (selection.frames_e,) if same else (selection.frames_e, selection.frames_g)
-            frames = self._dataset.frames(np.concatenate([w.ravel() for w in wanted]))
-            frames = frames.reshape(len(wanted), *selection.frames_e.shape, SIZE, SIZE)
-            inputs = (*cpu_inputs(frames[0], pair[0]), *cpu_inputs(frames[-1], pair[1]))
-        self.pending.append((selection, pair))
-        return inputs
+            frames = self._dataset.frames(np.concatenate([frames.ravel() for frames in wanted.values()]))
+            parts = np.split(frames, np.cumsum([frames.size for frames in wanted.values()])[:-1])
+            read = {key: part.reshape(*wanted[key].shape, SIZE, SIZE) for key, part in zip(wanted, parts)}
+            inputs = [cpu_inputs(read[id(clip.frames)], clip.parameters) for clip in clips]
+        self.pending.append((selection, clips))
+        return tuple(chain.from_iterable(inputs))
 
 
 def _owned(output, device: torch.device) -> torch.Tensor:
@@ -204,13 +208,13 @@ def _owned(output, device: torch.device) -> torch.Tensor:
     return clips.squeeze(-1)
 
 
-def _batches(source: _Source, device: torch.device, batch: int, threads: int) -> Iterator[PretrainBatch]:
+def _batches(source: _Source, plan: Plan, device: torch.device, threads: int) -> Iterator[Batch]:
     """Runs DALI over `source` for ever. Everything of DALI's lives and dies in the thread that advances this."""
     gpu = device.type == "cuda"
-    pipeline = (gpu_pair if gpu else cpu_pair)(
+    pipeline = (gpu_clips if gpu else cpu_clips)(
         source,
-        (WIDTH_E, WIDTH_G),
-        batch_size=batch,
+        plan.widths,
+        batch_size=plan.size,
         num_threads=threads,
         device_id=device.index if gpu else None,
         prefetch_queue_depth=_IN_FLIGHT,
@@ -226,14 +230,15 @@ def _batches(source: _Source, device: torch.device, batch: int, threads: int) ->
                 raise _located(source.failure, due) from source.failure
             except Exception as error:
                 raise _located(error, due) from error
-            clips = [_owned(output, device) for output in outputs]
+            tensors = [_owned(output, device) for output in outputs]
+            selection, clips = source.pending.popleft()
+            if not gpu:
+                for tensor, clip in zip(tensors, clips):
+                    part_ops.apply(tensor, clip.parameters)
+            batch = plan.batch(selection, tensors)
             if stream is not None:
                 stream.synchronize()
-            selection, pair = source.pending.popleft()
-            if not gpu:
-                for clip, parameters in zip(clips, pair):
-                    part_ops.apply(clip, parameters)
-            yield PretrainBatch(selection.step, torch.from_numpy(selection.sequence), *clips)
+            yield batch
 
 
 def _located(error: Exception, step: int) -> Exception:
@@ -242,20 +247,22 @@ def _located(error: Exception, step: int) -> Exception:
     return RuntimeError(f"reading the batch of step {step} failed: {error!r}")
 
 
-class PretrainLoader:
-    """Infinite iterator of PretrainBatch from `start_step` on, prepared `config.prefetch` batches ahead."""
+class Loader:
+    """Infinite iterator of batches from a step on, prepared `prefetch` ahead."""
 
-    def __init__(self, batches: Iterator[PretrainBatch], prefetch: int) -> None:
+    def __init__(self, batches: Iterator[Batch], prefetch: int) -> None:
         self._ahead = Prefetcher(batches, prefetch)
 
-    def __iter__(self) -> PretrainLoader:
+    def __iter__(self) -> Loader:
         return self
 
-    def __next__(self) -> PretrainBatch:
+    def __next__(self) -> Batch:
         batch = next(self._ahead)
-        for clip in (batch.clip_e, batch.clip_g):
-            if clip.is_cuda:  # allocated on the loader's stream: its memory must outlive this stream's use of it
-                clip.record_stream(torch.cuda.current_stream(clip.device))
+        for name in batch.__slots__:
+            value = getattr(batch, name)
+            # Allocated on the loader's stream: its memory must outlive this stream's use of it.
+            if isinstance(value, torch.Tensor) and value.is_cuda:
+                value.record_stream(torch.cuda.current_stream(value.device))
         return batch
 
     def close(self) -> None:
@@ -265,35 +272,27 @@ class PretrainLoader:
 
 def build_loader(
     dataset: PackedDataset,
-    config: DataConfig,
+    config: DataConfig | ClipConfig,
     *,
     sampling: tuple[str, int] = ("unordered", 0),
     seed: int,
-    batch: int,
+    batch: int | tuple[int, int],
     rank: int = 0,
     world_size: int = 1,
     device: str | torch.device = "cpu",
     start_step: int = 0,
-) -> PretrainLoader:
-    """The loader of one rank: samples rank * B .. (rank + 1) * B - 1 of the global `batch`, B = batch // world_size.
+) -> Loader:
+    """The loader of one rank: samples rank * B .. (rank + 1) * B - 1 of the global `batch`.
 
-    `sampling`: the rule of the backbone in use for s_G, which config.sampler overrides unless it is "auto".
-    UserError if the split is empty or the batch does not divide. A corrupt frame is a UserError from the iterator, once
+    A DataConfig gives PretrainBatch, with `batch` pairs in all; a ClipConfig gives RecognitionBatch, with `batch` =
+    (P, K). `sampling`: the rule of the model in use, which config.sampler overrides unless it is "auto". UserError if
+    the split cannot fill a batch or the batch does not divide. A corrupt frame is a UserError from the iterator, once
     its step is due, that names dataset, sequence and step; steps before it are delivered.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    select = Sampler(
-        dataset.starts,
-        dataset.split(config.split),
-        config,
-        sampling=sampling,
-        seed=seed,
-        batch=batch,
-        rank=rank,
-        world_size=world_size,
-    )
-    source = _Source(dataset, config, select, seed, start_step, device.type == "cuda")
+    plan = make_plan(dataset, config, sampling=sampling, seed=seed, batch=batch, rank=rank, world_size=world_size)
+    source = _Source(dataset, plan, start_step, device.type == "cuda")
     threads = config.threads or min(len(os.sched_getaffinity(0)), 16)
-    return PretrainLoader(_batches(source, device, batch // world_size, threads), config.prefetch)
+    return Loader(_batches(source, plan, device, threads), config.prefetch)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
-from gaitfast.config import AugmentConfig, DataConfig
-from gaitfast.data.augment import KERNELS, SIZE, ClipParameters, draw_pair, draw_parameters
-from gaitfast.data.batch import PretrainBatch
+from gaitfast.config import AugmentConfig, ClipConfig, DataConfig
+from gaitfast.data.augment import KERNELS, SIZE, ClipParameters, draw_parameters
+from gaitfast.data.batch import PretrainBatch, RecognitionBatch
 from gaitfast.data.packed import PackedDataset
-from gaitfast.data.sampling import Sampler
+from gaitfast.data.plan import make_plan
 
 _BLUR = np.outer((1, 2, 1), (1, 2, 1))
 _BLUR_THRESHOLD = 816
@@ -71,50 +72,25 @@ def augment_clip(frames: np.ndarray, parameters: ClipParameters, i: int) -> np.n
 
 
 class ReferenceLoader:
-    """The iterator of pipeline.build_loader on the CPU, without DALI, threads or look-ahead."""
+    """The iterator of pipeline.build_loader on the CPU, without DALI, threads or look-ahead. Takes its `options`."""
 
     def __init__(
-        self,
-        dataset: PackedDataset,
-        config: DataConfig,
-        *,
-        sampling: tuple[str, int] = ("unordered", 0),
-        seed: int,
-        batch: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
+        self, dataset: PackedDataset, config: DataConfig | ClipConfig, *, start_step: int = 0, **options: Any
     ) -> None:
-        self._dataset, self._config, self._seed, self._step = dataset, config, seed, start_step
-        self._select = Sampler(
-            dataset.starts,
-            dataset.split(config.split),
-            config,
-            sampling=sampling,
-            seed=seed,
-            batch=batch,
-            rank=rank,
-            world_size=world_size,
-        )
+        self._dataset, self._step = dataset, start_step
+        self._plan = make_plan(dataset, config, **options)
 
     def __iter__(self) -> ReferenceLoader:
         return self
 
-    def __next__(self) -> PretrainBatch:
-        selection = self._select(self._step)
+    def __next__(self) -> PretrainBatch | RecognitionBatch:
+        selection = self._plan.select(self._step)
         self._step += 1
-        pair = draw_pair(
-            self._config.augment,
-            seed=self._seed,
-            step=selection.step,
-            sample=selection.sample,
-            same_clip=self._config.same_clip,
-        )
-        clips = [
-            np.stack([augment_clip(self._dataset.frames(numbers), parameters, i) for i, numbers in enumerate(frames)])
-            for frames, parameters in zip((selection.frames_e, selection.frames_g), pair)
+        tensors = [
+            np.stack([augment_clip(self._dataset.frames(row), parameters, i) for i, row in enumerate(frames)])
+            for frames, parameters in self._plan.clips(selection)
         ]
-        return PretrainBatch(selection.step, *(torch.from_numpy(a) for a in (selection.sequence, *clips)))
+        return self._plan.batch(selection, [torch.from_numpy(tensor) for tensor in tensors])
 
     def close(self) -> None:
         """Nothing to release; part of the contract."""

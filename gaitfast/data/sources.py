@@ -122,6 +122,8 @@ def _id_type_view(root: Path) -> Listing:
 
     def folders(path: Path) -> Iterator[os.DirEntry]:
         for child in children_of(path, root, problems):
+            if child.name.endswith(".pkl"):
+                problems.append(Problem(child.path, "is a pickle that is not three folders (id/type/view) deep"))
             if child.is_dir() and (reason := bad_name(child.name)):
                 problems.append(Problem(child.path, reason))
             elif child.is_dir():
@@ -186,7 +188,7 @@ class PngTree:
             children = children_of(folder, self.root, problems)
             # A link is not descended into: inside the tree its target is visited anyway, and links may form a circle.
             pending += [Path(child.path) for child in children if child.is_dir(follow_symlinks=False)]
-            if not any(_is_silhouette(child) for child in children):
+            if not any(is_silhouette(child) for child in children):
                 continue
             relative = folder.relative_to(self.root)
             if len(relative.parts) < 3:
@@ -204,29 +206,43 @@ class PngTree:
 
     def read(self, entry: Entry) -> np.ndarray:
         """Frames in the order of their paths. SourceError for an unreadable picture, or if none has a silhouette."""
-        from gaitfast.data import pretreatment
-
-        problems: list[Problem] = []
-        folders = [children_of(self.root / path, self.root, problems) for path in entry.paths]
-        if problems:
-            raise SourceError(*problems[0])
-        paths = sorted(child.path for children in folders for child in children if _is_silhouette(child))
-        frames = []
-        for path in paths:
-            picture = _read_picture(Path(path))
-            if not self.as_read:
-                picture = pretreatment.normalise(picture)
-            elif picture.shape != (64, 64):
-                raise SourceError(path, f"has {picture.shape[1]}x{picture.shape[0]} pixels; --as-read needs 64x64")
-            if picture is not None:
-                frames.append(picture)
-        folder = self.root / entry.paths[0]
-        if not frames:
-            raise SourceError(folder, f"none of its {len(paths)} pictures shows a silhouette")
-        return _check_frames(np.stack(frames), folder)
+        return read_pictures(self.root, entry.paths, self.as_read)
 
 
-def _is_silhouette(entry: os.DirEntry) -> bool:
+def read_pictures(root: Path, folders: tuple[str, ...], as_read: bool | None) -> np.ndarray:
+    """The pictures of `folders` (relative to `root`) in the order of their paths, uint8 (T, 64, 64).
+
+    `as_read`: True takes them as they are and needs 64x64, False applies OpenGait's pretreatment, None does the first
+    where the first picture is 64x64, else the second. SourceError for an unreadable picture, another size, or no frame.
+    """
+    from gaitfast.data import pretreatment
+
+    problems: list[Problem] = []
+    listed = [children_of(root / path, root, problems) for path in folders]
+    if problems:
+        raise SourceError(*problems[0])
+    paths = sorted(child.path for children in listed for child in children if is_silhouette(child))
+    frames = []
+    size_rule = "--as-read needs 64x64" if as_read else "the first of its sequence has 64x64"
+    for path in paths:
+        picture = _read_picture(Path(path))
+        if as_read is None:
+            as_read = picture.shape == (64, 64)
+        if not as_read:
+            picture = pretreatment.normalise(picture)
+        elif picture.shape != (64, 64):
+            raise SourceError(path, f"has {picture.shape[1]}x{picture.shape[0]} pixels; {size_rule}")
+        if picture is not None:
+            frames.append(picture)
+    folder = root / folders[0]
+    if not paths:
+        raise SourceError(folder, "holds no .png picture")
+    if not frames:
+        raise SourceError(folder, f"none of its {len(paths)} pictures shows a silhouette")
+    return _check_frames(np.stack(frames), folder)
+
+
+def is_silhouette(entry: os.DirEntry) -> bool:
     return entry.name.endswith(".png") and "gei.png" not in entry.name and not entry.is_dir()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from gaitfast import files
-from gaitfast.config import PretrainConfig, UserError, to_dict
+from gaitfast.config import PretrainConfig, TransferConfig, UserError, to_dict
 from gaitfast.engine.world import World
 from gaitfast.engine.zero import ZeroEngine
 
@@ -48,9 +48,9 @@ def save(
     engine: ZeroEngine,
     run: Path,
     step: int,
-    config: PretrainConfig,
+    config: PretrainConfig | TransferConfig,
     world: World,
-    pending_losses: list[float],
+    pending_losses: list[list[float]],
     dataset: str,
 ) -> None:
     """Write the checkpoint of `step` (steps done) and prune old ones. Every rank must call it.
@@ -147,7 +147,7 @@ def newest(run: Path, report: bool = True) -> Checkpoint | None:
     return None
 
 
-def load(engine: ZeroEngine, checkpoint: Checkpoint, world: World, dataset: str) -> tuple[int, list[float]]:
+def load(engine: ZeroEngine, checkpoint: Checkpoint, world: World, dataset: str) -> tuple[int, list]:
     """Restore weights and optimizer; returns the steps done and the losses not yet logged.
 
     UserError if the run had another number of processes or another dataset (by fingerprint).

@@ -29,6 +29,7 @@ def embed(
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
+    title: str = "embed",
 ) -> torch.Tensor:
     """Embed whole sequences: all frames in order, the first `frames_limit` of longer ones (OpenGait's evaluation).
 
@@ -42,6 +43,7 @@ def embed(
         sequences: S sequence numbers.
         batch_frames: frames of a batch; one sequence may exceed it alone. By default 2,000 on a GPU, 250 on a CPU,
             where larger batches only cost memory.
+        progress, title: draw a progress bar of that name.
         rank, world_size: with more than one rank each embeds its share, and all call this and get the whole result.
 
     Returns:
@@ -60,7 +62,7 @@ def embed(
     rounds = -(-len(sequences) // world_size)
     share = (np.arange(rounds) * world_size + rank) % len(sequences)
     outputs = []
-    bar = tqdm(total=rounds, desc="embed", unit="seq", disable=None if progress and rank == 0 else True, leave=False)
+    bar = tqdm(total=rounds, desc=title, unit="seq", disable=None if progress and rank == 0 else True, leave=False)
     with bar, torch.no_grad():
         for frames, lengths in _ahead(_batches(dataset, sequences[share], frames_limit, batch_frames)):
             silhouettes = torch.from_numpy(frames).to(device).float().div_(255.0)[None]

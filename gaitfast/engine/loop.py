@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gaitfast.config import PretrainConfig, UserError
+from gaitfast.config import PretrainConfig, TransferConfig, UserError
 from gaitfast.engine.meters import Meters
 from gaitfast.engine.world import World
 from gaitfast.engine.zero import ZeroEngine
@@ -37,7 +37,7 @@ def train(
     batches: Iterator[Any],
     train_step: Callable[[Any, int], torch.Tensor],
     *,
-    config: PretrainConfig,
+    config: PretrainConfig | TransferConfig,
     world: World,
     meters: Meters,
     start: int,
@@ -49,7 +49,8 @@ def train(
 
     Args:
         batches: yields the batch of step start, start + 1, ...
-        train_step: (batch, step) -> detached loss of this rank; does forward, backward and the optimizer step.
+        train_step: (batch, step) -> what the meters count, of this rank, detached, the loss first; does forward,
+            backward and the optimizer step.
         evaluate: measures at a number of steps done, unless that was already recorded.
         save: writes the checkpoint of a number of steps done.
         describe: names of the sequences in the batch of a step, for messages.
@@ -82,7 +83,7 @@ def train(
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
-            lr_denoiser, lr_backbone = engine.set_learning_rate(step)
+            rates = engine.set_learning_rate(step)
             meters.step(train_step(batch, step), waited)
             done = step + 1
 
@@ -94,7 +95,7 @@ def train(
             if checks_each_step or logging or saving:
                 require_finite(done)
             if logging:
-                meters.log(done, {"lr_denoiser": lr_denoiser, "lr_backbone": lr_backbone})
+                meters.log(done, rates)
             if saving:
                 with meters.paused():
                     save(done)

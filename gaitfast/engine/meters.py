@@ -65,14 +65,28 @@ class Meters:
     """Losses and times since the last logged step; the device is read only when they are logged (invariant 6)."""
 
     def __init__(
-        self, run: Path, world: World, *, start: int, iterations: int, log_every: int, batch: int, losses: list[float]
+        self,
+        run: Path,
+        world: World,
+        *,
+        start: int,
+        iterations: int,
+        log_every: int,
+        batch: int,
+        losses: list,
+        quantities: tuple[str, ...] = ("loss",),
     ):
-        """`losses` are those that the checkpoint at `start` had not logged yet (`pending_losses`)."""
+        """`losses` are those that the checkpoint at `start` had not logged yet (`pending_losses`).
+
+        `quantities` name what each step brings; `loss` is the first.
+        """
         self.world = world
         self.log_every = log_every
         self.batch = batch
         self.seconds = 0.0
-        self._earlier = losses
+        self.quantities = quantities
+        # Checkpoints of older versions hold a number for each step, the loss alone.
+        self._earlier = [row if isinstance(row, list) else [row] for row in losses]
         self._losses: list[torch.Tensor] = []
         self._waited = 0.0
         self._elapsed = 0.0
@@ -89,14 +103,19 @@ class Meters:
             total=iterations, initial=start, unit="step", dynamic_ncols=True, disable=not world.is_main, mininterval=0.5
         )
 
-    def pending_losses(self) -> list[float]:
-        """The losses (means over the ranks) not yet logged, for the checkpoint: a resumed run logs the same rows.
+    def pending_losses(self) -> list[list[float]]:
+        """The quantities (means over the ranks) of each step not yet logged, for the checkpoint: a resumed run logs the
+        same rows.
 
         Synchronizes; every rank must call it.
         """
         if not self._losses:
             return list(self._earlier)
-        return self._earlier + self.world.mean(torch.stack(self._losses).double()).tolist()
+        return self._earlier + self.world.mean(self._stacked().double()).tolist()
+
+    def _stacked(self) -> torch.Tensor:
+        """(steps, quantities) of this rank."""
+        return torch.stack(self._losses).view(len(self._losses), len(self.quantities))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -110,9 +129,9 @@ class Meters:
         self._elapsed += now - self._clock
         self._clock = now
 
-    def step(self, loss: torch.Tensor, waited: float) -> None:
-        """Count one step: its detached loss, and the seconds it waited for its batch."""
-        self._losses.append(loss)
+    def step(self, values: torch.Tensor, waited: float) -> None:
+        """Count one step: its quantities, a detached tensor of that many, and the seconds it waited for its batch."""
+        self._losses.append(values)
         self._waited += waited
         self._timed_steps += 1
         self.bar.update()
@@ -121,19 +140,19 @@ class Meters:
         """The 0-based step of the first non-finite loss since the last log, after `done` steps; synchronizes."""
         if not self._losses:
             return None
-        finite = torch.isfinite(torch.stack(self._losses)).tolist()
+        finite = torch.isfinite(self._stacked()).all(1).tolist()
         return done - len(finite) + finite.index(False) if False in finite else None
 
     def log(self, done: int, rates: dict[str, float]) -> None:
         """Write the row of step `done`."""
-        losses = self.pending_losses()
-        loss = sum(losses) / len(losses)
+        rows = self.pending_losses()
+        means = {name: sum(column) / len(rows) for name, column in zip(self.quantities, zip(*rows))}
         self._lap()
         elapsed = max(self._elapsed, 1e-9)
         self.seconds += self._elapsed
         row = {
             "step": done,
-            "loss": loss,
+            **means,
             **rates,
             "clips_per_s": self._timed_steps * self.batch / elapsed,
             "data_wait": min(1.0, self._waited / elapsed),
@@ -143,10 +162,11 @@ class Meters:
         self._waited, self._elapsed, self._timed_steps = 0.0, 0.0, 0
         if self.world.is_main:
             self.records.add(row)
-            for key in ("loss", "clips_per_s", "data_wait", *rates):
+            for key in (*means, "clips_per_s", "data_wait", *rates):
                 self.board.add_scalar(f"train/{key}", row[key], done)
             self.bar.set_postfix_str(
-                f"loss {loss:.4f}, {row['clips_per_s']:.1f} clips/s, data wait {row['data_wait']:.0%}", refresh=False
+                f"loss {means['loss']:.4f}, {row['clips_per_s']:.1f} clips/s, data wait {row['data_wait']:.0%}",
+                refresh=False,
             )
 
     def evaluation(self, step: int, row: dict[str, Any]) -> None:

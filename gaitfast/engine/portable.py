@@ -1,4 +1,11 @@
-"""The portable backbone: one safetensors file with the weights and, as metadata, where they come from."""
+"""Portable networks: one safetensors file with the weights and, as metadata, where they come from.
+
+    backbone.safetensors    what pretraining makes: the backbone alone        format gaitfast-backbone-1
+    recognizer.safetensors  what transfer makes: backbone, head, classifier   format gaitfast-recognizer-1
+
+Both carry `config`, the config of the run with its section `backbone` (name, variant, width); a recognizer carries
+`classes` too: K, or null where its model has no classifier.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +24,10 @@ import gaitfast
 from gaitfast import files
 from gaitfast.config import UserError
 
-FORMAT = "gaitfast-backbone-1"
+_CONTENT = {"gaitfast-backbone-1": "backbone", "gaitfast-recognizer-1": "recognizer"}
+BACKBONE, RECOGNIZER = _CONTENT
+PLAIN = ("format", "version", "commit")
+"""Metadata that is text; all other values are JSON."""
 
 
 def source_commit() -> str:
@@ -38,12 +48,13 @@ def source_commit() -> str:
 
 def save_backbone(path: str | Path, backbone: nn.Module, metadata: dict[str, Any]) -> None:
     """Write the weights of a backbone. Metadata values (config, step, metrics, ...) are stored as JSON strings."""
-    tensors = {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in backbone.state_dict().items()
-    }
-    text = {"format": FORMAT, "version": gaitfast.__version__, "commit": source_commit()}
-    text |= {key: json.dumps(value) for key, value in metadata.items()}
-    files.write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=text))
+    _save(path, backbone, BACKBONE, metadata)
+
+
+def save_recognizer(path: str | Path, recognizer: nn.Module, metadata: dict[str, Any]) -> None:
+    """Write the weights of a whole recognizer. Metadata as for a backbone, with `classes`: K, or None."""
+    assert "classes" in metadata, "a recognizer's file says how many classes it has"
+    _save(path, recognizer, RECOGNIZER, metadata)
 
 
 def load_backbone(path: str | Path, build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
@@ -60,27 +71,82 @@ def load_backbone(path: str | Path, build: Callable[[dict[str, Any]], nn.Module]
         UserError: no such file, not a gaitfast backbone, or weights that do not fit the network its config names.
     """
     path = Path(path)
+    tensors, metadata = _read(path, BACKBONE)
+    return _fill(path, build(metadata["config"]), tensors), metadata
+
+
+def load_recognizer(
+    path: str | Path, build: Callable[[dict[str, Any], int | None], nn.Module]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a recognizer: as `load_backbone`, where `build` takes the config and the number of classes (or None)."""
+    path = Path(path)
+    tensors, metadata = _read(path, RECOGNIZER)
+    classes = metadata.get("classes")
+    if "classes" not in metadata or not (classes is None or (type(classes) is int and classes >= 1)):
+        raise UserError(f"{path}: its number of classes is {classes!r}; write the file again with gaitfast")
+    return _fill(path, build(metadata["config"], classes), tensors), metadata
+
+
+def content(path: str | Path) -> str:
+    """What a file holds by its metadata: "backbone" or "recognizer". UserError if it is neither."""
+    path = Path(path)
+    found, _ = _open(path, weights=False)
+    if found.get("format") not in _CONTENT:
+        raise UserError(_stranger(path, found, "backbone or recognizer"))
+    return _CONTENT[found["format"]]
+
+
+def _save(path: str | Path, network: nn.Module, kind: str, metadata: dict[str, Any]) -> None:
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in network.state_dict().items()}
+    text = {"format": kind, "version": gaitfast.__version__, "commit": source_commit()}
+    text |= {key: json.dumps(value) for key, value in metadata.items()}
+    files.write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=text))
+
+
+def _open(path: Path, weights: bool = True) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata as text, and the tensors if asked for."""
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; a finished or running run holds backbone.safetensors")
+        raise UserError(
+            f"{path}: no such checkpoint; a run holds backbone.safetensors, one of transfer recognizer.safetensors too"
+        )
     try:
         with safe_open(path, framework="pt") as file:
-            text = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if weights else {}
+            return file.metadata() or {}, tensors
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    if text.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: not a gaitfast backbone (format {text.get('format')!r}); use the backbone.safetensors of a run"
-        )
-    plain = ("format", "version", "commit")
+
+
+def _stranger(path: Path, text: dict[str, str], wanted: str) -> str:
+    return (
+        f"{path}: not a gaitfast {wanted} (format {text.get('format')!r}); use the {wanted.split()[0]}.safetensors of a"
+        " run"
+    )
+
+
+def _read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and decoded metadata of a file of the given kind."""
+    text, tensors = _open(path)
+    found = text.get("format")
+    if found != kind:
+        wanted = _CONTENT[kind]
+        if found in _CONTENT:
+            raise UserError(
+                f"{path}: holds a {_CONTENT[found]}, and a {wanted} is needed; use the {wanted}.safetensors of a run"
+            )
+        raise UserError(_stranger(path, text, wanted))
     try:
-        metadata = {key: value if key in plain else json.loads(value) for key, value in text.items()}
+        metadata = {key: value if key in PLAIN else json.loads(value) for key, value in text.items()}
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: its metadata is not valid JSON ({error})") from None
     if not isinstance(metadata.get("config"), dict):
         raise UserError(f"{path}: carries no config, so the network is unknown")
-    backbone = build(metadata["config"])
-    own = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
+    return tensors, metadata
+
+
+def _fill(path: Path, network: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """`network` in eval mode with exactly these weights. UserError where they do not fit or are not finite."""
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for name, shape in own.items():
         if name not in tensors:
             raise UserError(f"{path}: weight {name} is missing")
@@ -91,5 +157,5 @@ def load_backbone(path: str | Path, build: Callable[[dict[str, Any]], nn.Module]
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: weight {name} is not finite")
-    backbone.load_state_dict(tensors)
-    return backbone.eval(), metadata
+    network.load_state_dict(tensors)
+    return network.eval()

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO around the two trained networks: optimizer, precision, one optimizer step, gathered weights."""
+"""DeepSpeed ZeRO around what is trained: optimizer, learning rates, precision, one optimizer step, gathered weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from gaitfast.config import OptimizerConfig, PretrainConfig, deepspeed_config
+from gaitfast.config import OptimizerConfig, PretrainConfig, StepOptimizerConfig, TransferConfig, deepspeed_config
+from gaitfast.engine.norms import synchronize_norms
 from gaitfast.engine.world import World
 
 # A deprecation inside DeepSpeed's own collectives, once per step and rank; nothing a user could act on.
@@ -32,12 +34,46 @@ def learning_rate_factor(step: int, iterations: int, optimizer: OptimizerConfig,
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def milestones(iterations: int, optimizer: StepOptimizerConfig) -> list[int]:
+    """The steps at which the rates drop in a run of `iterations`: as written, or scaled with the length of the run."""
+    scale = iterations / optimizer.milestones_for if optimizer.milestones_for else 1
+    return [round(milestone * scale) for milestone in optimizer.milestones]
+
+
+def stepped_factor(step: int, iterations: int, optimizer: StepOptimizerConfig) -> float:
+    """Factor on a learning rate at `step` (0-based): gamma for each milestone reached; a function of the step alone."""
+    return optimizer.gamma ** sum(step >= milestone for milestone in milestones(iterations, optimizer))
+
+
+class Group(NamedTuple):
+    """Parameters that share a learning rate."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    rate: Callable[[int], float]
+    """Learning rate at a step (0-based)."""
+
+
+def build_optimizer(
+    config: OptimizerConfig | StepOptimizerConfig, groups: Sequence[Group], fused: bool
+) -> torch.optim.Optimizer:
+    """The optimizer that the config names, one of its groups for each of ours."""
+    parameters = [{"params": group.parameters, "lr": group.rate(0)} for group in groups]
+    decay = config.weight_decay
+    if isinstance(config, OptimizerConfig):
+        return torch.optim.AdamW(parameters, betas=config.betas, weight_decay=decay, fused=fused)
+    if config.name == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, weight_decay=decay, fused=fused)
+    adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+    return adam(parameters, weight_decay=decay, fused=fused)
+
+
 class ZeroEngine:
-    """The objective under DeepSpeed.
+    """The objective under DeepSpeed. Batch norms span the ranks.
 
     Args:
-        objective: module that returns the scalar loss.
-        groups: (parameters, learning rate, step at which they start to train) of each parameter group.
+        objective: module whose output has the scalar loss.
+        groups: what is trained; parameters that are in none stay as they are.
         config: the run's config; the DeepSpeed dict is derived from it in gaitfast.config.
         world: this process.
     """
@@ -45,24 +81,23 @@ class ZeroEngine:
     def __init__(
         self,
         objective: nn.Module,
-        groups: Sequence[tuple[list[nn.Parameter], float, int]],
-        config: PretrainConfig,
+        groups: Sequence[Group],
+        config: PretrainConfig | TransferConfig,
         world: World,
     ):
         import deepspeed
 
         self.config = config
-        self._rates = [(rate, start) for _, rate, start in groups]
-        fused = world.device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": rate} for parameters, rate, _ in groups],
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            fused=fused,
-        )
+        self._groups = groups
+        # DeepSpeed warns of every optimizer that is not Adam; what ZeRO does with SGD is tested here.
+        deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+        if world.size > 1 or (world.device.type == "cpu" and config.train.precision == "fp32"):
+            objective = synchronize_norms(objective, world.device)
         self._copy = copy.deepcopy(objective).to(world.device) if config.train.zero_stage == 3 else None
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=objective.to(world.device), optimizer=optimizer, config=deepspeed_config(config, world.size)
+            model=objective.to(world.device),
+            optimizer=build_optimizer(config.optimizer, groups, fused=world.device.type == "cuda"),
+            config=deepspeed_config(config, world.size),
         )
 
     @property
@@ -74,11 +109,10 @@ class ZeroEngine:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.config.train.precision]
         return torch.autocast(self.engine.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def set_learning_rate(self, step: int) -> list[float]:
-        """Set every group's rate for `step`; returns them."""
-        train, optimizer = self.config.train, self.config.optimizer
-        rates = [rate * learning_rate_factor(step, train.iterations, optimizer, start) for rate, start in self._rates]
-        for group, rate in zip(self.optimizer.param_groups, rates):
+    def set_learning_rate(self, step: int) -> dict[str, float]:
+        """Set every group's rate for `step`; returns them as {"lr_NAME": rate}."""
+        rates = {f"lr_{group.name}": group.rate(step) for group in self._groups}
+        for group, rate in zip(self.optimizer.param_groups, rates.values()):
             group["lr"] = rate
         return rates
 

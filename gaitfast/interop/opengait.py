@@ -7,6 +7,7 @@ order. Loading is all or nothing: every key and shape is checked before the firs
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from gaitfast.models.recognizer import VARIANTS, Recognizer, build_recognizer
 
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _CLASSIFIERS = ("BNNecks.", "Head1.")
+TRAINING_IDENTITIES = {"casia-b": 74, "gait3d": 3000, "ou-mvlp": 5153, "grew": 20000}
+"""Classes of the published checkpoints: the identities of each training set."""
 
 
 class LoadReport(NamedTuple):
@@ -41,14 +44,24 @@ class _Entry(NamedTuple):
     """(p, P): the p-th of P equal slices of our tensor, where OpenGait has a module per part."""
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
-    """The weights of an OpenGait checkpoint (a dict with the entry "model") or of a bare state dict, on the CPU.
+class Checkpoint(NamedTuple):
+    """What is read from a file of OpenGait."""
+
+    weights: dict[str, Tensor]
+    """On the CPU, under OpenGait's keys."""
+    iteration: int | None
+    """None where the file does not say."""
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """An OpenGait checkpoint (a dict with the entry "model") or a bare state dict.
 
     Only tensors and plain containers are unpickled: a file that wants to run code is refused. UserError otherwise.
     """
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # by its content: given a name, torch.load goes by the suffix
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError:
@@ -59,7 +72,26 @@ def read(path: str | Path) -> dict[str, Tensor]:
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f'{path}: holds no state dict, neither as entry "model" nor as a whole')
-    return dict(weights)
+    for key, value in weights.items():  # a view may claim any size
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {key} repeats a smaller tensor, which no trained weight does; get another copy")
+    iteration = content.get("iteration")
+    return Checkpoint(dict(weights), iteration if type(iteration) is int and iteration >= 0 else None)
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The weights of `read_checkpoint`."""
+    return read_checkpoint(path).weights
+
+
+def write_checkpoint(path: str | Path, weights: Mapping[str, Tensor], iteration: int) -> None:
+    """A file that OpenGait restores from, without optimizer and scheduler, which it then starts anew."""
+    torch.save({"model": OrderedDict(weights), "iteration": iteration}, path)
+
+
+def keys(model: Recognizer, part: str = "all") -> list[str]:
+    """OpenGait's keys of the model, in its order."""
+    return [entry.key for entry in _select(model, part)]
 
 
 def state_dict(model: Recognizer, part: str = "all", *, old_bnneck_order: bool = False) -> dict[str, Tensor]:
@@ -116,25 +148,45 @@ def load_state_dict(
 
 
 def identify(sd: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """The (name, variant) pairs, at published width, whose backbone these OpenGait weights fit; empty if none does."""
-    shapes = {key: tuple(value.shape) for key, value in _strip_prefix(sd).items()}
-    fits = []
+    """The (name, variant) pairs, at published width, whose backbone these OpenGait weights hold; empty if none does.
+
+    Of those, the ones that leave the fewest keys without a place: GaitPart's network contains another one's, and
+    variants differ in the head. First the variant that has as many training identities as the file has classes.
+    """
+    weights = _strip_prefix(sd)
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    classes = num_classes(weights)
+    fits: dict[tuple[str, str], int] = {}
     for name, variants in VARIANTS.items():
         for variant in variants:
             with torch.device("meta"):
-                model = build_recognizer(name, variant)
+                model = build_recognizer(name, variant, classes)
             own = model.state_dict()
-            entries = _select(model, "backbone")
-            if all(shapes.get(entry.key) == tuple(_slice(own[entry.own], entry).shape) for entry in entries):
-                fits.append((name, variant))
-    return fits
+            placed = [e for e in _select(model, "all") if shapes.get(e.key) == tuple(_slice(own[e.own], e).shape)]
+            if {e.key for e in _select(model, "backbone")} <= {e.key for e in placed}:
+                fits[name, variant] = len(weights) - len(placed)
+    best = [fit for fit, surplus in fits.items() if surplus == min(fits.values())]
+    return sorted(best, key=lambda fit: TRAINING_IDENTITIES.get(fit[1].removesuffix("-bnneck")) != classes)
+
+
+def holds_head(model: Recognizer, sd: Mapping[str, Tensor]) -> bool:
+    """Whether any of these OpenGait keys belongs to the model's head."""
+    head = set(keys(model)) - set(keys(model, "backbone"))
+    return not head.isdisjoint(_strip_prefix(sd))
 
 
 def num_classes(sd: Mapping[str, Tensor]) -> int | None:
     """The classes that these OpenGait weights were trained for; None without a classifier."""
     weights = _strip_prefix(sd)
-    found = [weights[f"{name}fc_bin"].shape[-1] for name in _CLASSIFIERS if f"{name}fc_bin" in weights]
-    return found[0] if found else None
+    for key in (f"{name}fc_bin" for name in _CLASSIFIERS):
+        if key in weights:
+            shape = tuple(weights[key].shape)
+            if len(shape) != 3:
+                raise UserError(
+                    f"checkpoint: {key} has shape {shape}, not (parts, channels, classes); get another copy"
+                )
+            return shape[2]
+    return None
 
 
 def _strip_prefix(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:

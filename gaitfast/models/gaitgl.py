@@ -97,9 +97,8 @@ class GaitGL(Backbone):
     def maps(self, clips: Tensor) -> Tensor:
         """(n, S, 64, 44) -> (n, C, 64, 22), the maximum over time."""
         frames = clips.shape[1]
-        if frames < 3:
-            clips = clips.repeat(1, 3 if frames == 1 else 2, 1, 1)
-        x = clips.unsqueeze(1)
+        repeats = (frames + 2) // frames  # 3, 2, and 1 from three frames on; a branch would be frozen in an export
+        x = clips.repeat(1, repeats, 1, 1).unsqueeze(1)
         for conv in (*self.stem, self.time_pool):
             x = F.leaky_relu(conv(x), inplace=True)
         x = F.max_pool3d(self.stage1(x), (1, 2, 2))

@@ -16,6 +16,7 @@ from gaitfast.models.parts import (
     over_clips,
     pool_strips,
     scale_channels,
+    scale_layers,
 )
 
 PARTS = 16
@@ -93,7 +94,5 @@ def build(variant: str, num_classes: int | None, width: float) -> tuple[GaitPart
     """GaitPart is trained by the triplet loss alone: it has no classifier, whatever `num_classes` says."""
     layers = LAYERS[variant]
     hidden = scale_channels(layers[-1].channels // 4, width)
-    backbone = GaitPart(
-        tuple(layer._replace(channels=scale_channels(layer.channels, width)) for layer in layers), hidden
-    )
+    backbone = GaitPart(scale_layers(layers, width), hidden)
     return backbone, Head(PARTS, backbone.feature_channels, backbone.feature_channels)

@@ -123,6 +123,11 @@ class Layer(NamedTuple):
     """Followed by a 2 x 2 maximum with stride 2."""
 
 
+def scale_layers(layers: Sequence[Layer], width: float) -> tuple[Layer, ...]:
+    """`layers` with every channel count scaled."""
+    return tuple(layer._replace(channels=scale_channels(layer.channels, width)) for layer in layers)
+
+
 class ConvStack(nn.Module):
     """3 x 3 convolutions without bias, each followed by LeakyReLU(0.01): (F, in, H, W) -> (F, C, H', W').
 

@@ -18,7 +18,7 @@ _MODELS = {
     "gaitset": (gaitset.build, gaitset.CHANNELS),
     "gaitpart": (gaitpart.build, gaitpart.LAYERS),
     "gaitgl": (gaitgl.build, gaitgl.LARGE),
-    "smplgait": (smplgait.build, smplgait.CHANNELS),
+    "smplgait": (smplgait.build, smplgait.NETWORKS),
     "gaitbase": (gaitbase.build, gaitbase.CHANNELS),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from gaitfast.models.parts import (
@@ -15,28 +17,53 @@ from gaitfast.models.parts import (
     pool_set,
     pool_strips,
     scale_channels,
+    scale_layers,
 )
 
-# Only Gait3D's network was published; the other variants are the same one with that dataset's classes.
-CHANNELS = dict.fromkeys(("gait3d", "grew", "casia-b", "ou-mvlp"), (64, 128, 256))
+
+class Network(NamedTuple):
+    """What the variants differ in."""
+
+    layers: tuple[Layer, ...]
+    bins: tuple[int, ...]
+
+
+_PLAIN = (Layer(64), Layer(64, pool=True), Layer(128), Layer(128, pool=True), Layer(256), Layer(256))
+_NARROW = (
+    Layer(32),
+    Layer(32, pool=True),
+    Layer(64),
+    Layer(64, pool=True),
+    Layer(128),
+    Layer(128),
+    Layer(256),
+    Layer(256),
+)
+NETWORKS = {
+    # Only Gait3D's network was published under this name; for the other sets it is the same one with their classes.
+    **dict.fromkeys(("gait3d", "grew", "casia-b", "ou-mvlp"), Network(_PLAIN, PYRAMID)),
+    # OpenGait's configs baseline_GREW.yaml and baseline_OUMVLP.yaml: the same class, another network.
+    "grew-baseline": Network(_NARROW, (16,)),
+    "ou-mvlp-baseline": Network(_NARROW, PYRAMID),
+}
 
 
 class SMPLGait(Backbone):
-    """Features (N, C, 31): frames through the plain stack, set pooling, horizontal pyramid."""
+    """Features (N, C, P), 31 parts or 16: frames through the plain stack, set pooling, horizontal pooling."""
 
-    def __init__(self, channels: tuple[int, int, int]) -> None:
+    def __init__(self, layers: tuple[Layer, ...], bins: tuple[int, ...]) -> None:
         super().__init__()
-        c1, c2, c3 = channels
-        layers = (Layer(c1), Layer(c1, pool=True), Layer(c2), Layer(c2, pool=True), Layer(c3), Layer(c3))
         self.frames = ConvStack(1, layers, stem=True)
-        self.feature_channels = c3
-        self.feature_parts = sum(PYRAMID)
+        self.bins = bins
+        self.feature_channels = self.frames.out_channels
+        self.feature_parts = sum(bins)
 
     def extract(self, silhouettes: Tensor, lengths: Lengths) -> Tensor:
-        return pool_strips(pool_set(self.frames(fold_frames(silhouettes)), lengths), PYRAMID)
+        return pool_strips(pool_set(self.frames(fold_frames(silhouettes)), lengths), self.bins)
 
 
 def build(variant: str, num_classes: int | None, width: float) -> tuple[SMPLGait, Head]:
-    backbone = SMPLGait(tuple(scale_channels(c, width) for c in CHANNELS[variant]))
+    network = NETWORKS[variant]
+    backbone = SMPLGait(scale_layers(network.layers, width), network.bins)
     embedding = scale_channels(256, width)
     return backbone, Head(backbone.feature_parts, backbone.feature_channels, embedding, num_classes)

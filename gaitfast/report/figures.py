@@ -38,18 +38,19 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
-def loss(run: Run, theme: Theme) -> Figure | None:
-    series = run.metrics.series("loss")
+def smoothed(run: Run, theme: Theme, key: str, title: str, unit: str, scale: float = 1.0) -> Figure | None:
+    """A logged quantity and, of many points, its running mean; logarithmic where it spans a factor of ten."""
+    series = run.metrics.series(key)
     if series is None:
         return None
-    figure, axes = canvas(theme, "Denoising loss in training", "weighted squared error of the noise")
-    window = len(series.values) // 20
-    mean = series.values
+    figure, axes = canvas(theme, title, unit)
+    values = mean = scale * series.values
+    window = len(values) // 20
     if window > 1:
-        mean = smooth(series.values, window)
-        axes.plot(series.steps, series.values, color=theme.same, alpha=0.25, linewidth=0.8)
+        mean = smooth(values, window)
+        axes.plot(series.steps, values, color=theme.same, alpha=0.25, linewidth=0.8)
     line(axes, series.steps, mean, theme.same)
-    if series.values.min() > 0 and series.values.max() > 10 * series.values.min():
+    if values.min() > 0 and values.max() > 10 * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
@@ -59,10 +60,18 @@ def loss(run: Run, theme: Theme) -> Figure | None:
     return figure
 
 
+def loss(run: Run, theme: Theme) -> Figure | None:
+    return smoothed(run, theme, "loss", "Denoising loss in training", "weighted squared error of the noise")
+
+
 def learning_rate(run: Run, theme: Theme) -> Figure | None:
     figure, axes = canvas(theme, "Learning rates", "in units of 10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT FOUR}")
     labels, steps = [], []
-    for key, name, colour in (("lr_backbone", "backbone", theme.same), ("lr_denoiser", "denoiser", theme.other)):
+    for key, name, colour in (
+        ("lr_backbone", "backbone", theme.same),
+        ("lr_denoiser", "denoiser", theme.other),
+        ("lr_head", "head", theme.third),
+    ):
         series = run.metrics.series(key)
         if series is not None:
             line(axes, series.steps, 1e4 * series.values, colour)
@@ -79,7 +88,10 @@ def learning_rate(run: Run, theme: Theme) -> Figure | None:
 def rank1(run: Run, theme: Theme) -> Figure | None:
     figure, axes = canvas(theme, "Rank-1 on unseen people", "probes identified, %")
     labels, steps = [], []
-    pairs = (("rank1_euclidean", "Euclidean", theme.third, "--"), ("rank1", "cosine", theme.same, "-"))
+    pairs = (
+        ("rank1_euclidean", "Euclidean", theme.third, "--"),
+        ("rank1", run.option("eval.metric") or "cosine", theme.same, "-"),
+    )
     for key, name, colour, style in pairs:
         series = run.evaluations.series(key)
         if series is not None:
@@ -163,7 +175,9 @@ def throughput(run: Run, theme: Theme) -> Figure | None:
     series = run.metrics.series("clips_per_s")
     if series is None:
         return None
-    figure, axes = canvas(theme, "Throughput", "clip pairs per second")
+    figure, axes = canvas(
+        theme, "Throughput", "clip pairs per second" if run.stage == "pretraining" else "clips per second"
+    )
     median = float(np.median(series.values))
     axes.axhline(median, color=theme.muted, linewidth=0.8, linestyle=":")
     line(axes, series.steps, series.values, theme.same)

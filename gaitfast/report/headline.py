@@ -85,7 +85,7 @@ def headline(run: Run) -> Headline:
         rank1=_change(run, "rank1", "percent"),
         gap=_change(run, "gap", "number"),
         identity=_identity(run),
-        loss=_ends("number", run.metrics.series("loss")),
+        loss=ends("number", run.metrics.series("loss")),
     )
 
 
@@ -93,10 +93,10 @@ def _change(run: Run, key: str, kind: str) -> Change:
     before, after = finite(run.summary.get(f"{key}_before")), finite(run.summary.get(f"{key}_after"))
     if before is not None or after is not None:
         return Change(kind, before, after)
-    return _ends(kind, run.evaluations.series(key))
+    return ends(kind, run.evaluations.series(key))
 
 
-def _ends(kind: str, series: Series | None) -> Change:
+def ends(kind: str, series: Series | None) -> Change:
     """First and last value of a series; a single value is the last, unless it was measured before the first step."""
     if series is None:
         return Change(kind)
@@ -120,7 +120,7 @@ def identity(run: Run) -> Series | None:
 
 
 def _identity(run: Run) -> Change:
-    measured = _ends("share", identity(run))
+    measured = ends("share", identity(run))
     same, other = finite(run.summary.get("loss_same")), finite(run.summary.get("loss_other"))
     if same is None or other is None or same <= 0:
         return measured

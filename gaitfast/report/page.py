@@ -45,7 +45,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Report:
     on the page and in `.run.notices`.
     """
     # Here, not above: `gaitfast --help` need not wait for matplotlib.
-    from gaitfast.report.figures import CURVES
+    from gaitfast.report import figures, supervised
     from gaitfast.report.sheets import draw, read_sheets
     from gaitfast.report.style import DARK, LIGHT, render
 
@@ -53,7 +53,8 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Report:
     out = run.path / "report" if out is None else Path(out)
     files: dict[str, bytes] = {}
     curves: dict[str, str] = {}
-    for name, curve in CURVES.items():
+    transfer = run.stage == "transfer"
+    for name, curve in (supervised.CURVES if transfer else figures.CURVES).items():
         light = render(partial(curve.draw, run), LIGHT)
         if light is None:
             curves[name] = markup.missing(f"{curve.title}: nothing to draw. It needs {curve.source}.")
@@ -67,19 +68,20 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Report:
         if present:
             files[f"{name}.png"] = render(lambda theme, g=present: draw(g, theme), LIGHT)
     result = headline(run)
-    body = "".join(
-        (
-            _header(run, result),
-            _notices(run),
+    if transfer:
+        tiles = supervised.tiles(run, result)
+        sections = [supervised.training(curves), _recognition(run, curves)]
+    else:
+        tiles = _tiles(result)
+        sections = [
             _training(curves),
             _recognition(run, curves),
             _direct_measure(curves),
             _pictures(sheets.augmentation, sheets.autoencoder),
             _samples(sheets.samples),
-            markup.section("Throughput", markup.pair(curves["throughput"], curves["data_wait"])),
-            _about(run),
-        )
-    )
+        ]
+    throughput = markup.section("Throughput", markup.pair(curves["throughput"], curves["data_wait"]))
+    body = "".join((_header(run, result), tiles, _notices(run), *sections, throughput, _about(run)))
     files["index.html"] = markup.document(f"{run.name} \N{MIDDLE DOT} gaitfast", body).encode("utf-8")
     for name, content in files.items():
         _write(out / name, content)
@@ -105,11 +107,10 @@ def _header(run: Run, result: Headline) -> str:
     )
     verdict = result.sentence()
     return (
-        f'<header><p class="eyebrow">gaitfast pretraining {status}</p><h1>{markup.text(run.name)}</h1>'
+        f'<header><p class="eyebrow">gaitfast {run.stage} {status}</p><h1>{markup.text(run.name)}</h1>'
         f'<p class="about">{markup.text(_about_line(run))}</p>'
         + (f'<p class="verdict">{markup.text(verdict)}</p>' if verdict else "")
         + "</header>\n"
-        + _tiles(result)
     )
 
 
@@ -174,12 +175,10 @@ def _recognition(run: Run, curves: dict[str, str]) -> str:
         folded = markup.details(
             "Every evaluation", markup.table(("step", *keys), rows), "rank-k, mAP and mINP in percent"
         )
-    return markup.section(
-        "Recognition of unseen people",
-        markup.pair(curves["rank1"], curves["distances"]),
-        folded,
-        lead="People of the test partition, matched by the backbone's raw features: no labels, no training on them.",
-    )
+    figures = [curves[name] for name in ("rank1", "distances") if name in curves]
+    matched = "the backbone's raw features: no labels, no" if run.stage == "pretraining" else "what was learned: no"
+    lead = f"People of the test partition, matched by {matched} training on them."
+    return markup.section("Recognition of unseen people", markup.pair(*figures), folded, lead=lead)
 
 
 def _direct_measure(curves: dict[str, str]) -> str:
@@ -224,7 +223,7 @@ def _about(run: Run) -> str:
         parts.append(markup.details("Backends and environment", markup.facts(environment[:ROW_LIMIT]), opened=True))
     else:
         parts.append(markup.missing("Backends and environment: nothing to show. They come from summary.json."))
-    options, defaults = list(islice(_flat(run.config), ROW_LIMIT)), dict(_flat(config.to_dict(config.PretrainConfig())))
+    options, defaults = list(islice(_flat(run.config), ROW_LIMIT)), _defaults(run)
     if options:
         changed = [(key, value) for key, value in options if defaults.get(key) != value]
         note = f"{len(changed)} of {len(options)}; the defaults are the paper's"
@@ -234,6 +233,11 @@ def _about(run: Run) -> str:
         parts.append(markup.missing("Configuration: nothing to show. It comes from config.resolved.yaml."))
     parts.append(markup.details("Files of the run", markup.facts(islice(_files(run.path), ROW_LIMIT))))
     return markup.section("The run", *parts)
+
+
+def _defaults(run: Run) -> dict[str, Any]:
+    stage = config.TransferConfig if run.stage == "transfer" else config.PretrainConfig
+    return dict(_flat(config.to_dict(stage())))
 
 
 def _flat(tree: dict, prefix: str = "", depth: int = 8) -> Iterator[tuple[str, Any]]:
@@ -287,20 +291,16 @@ def main(args: argparse.Namespace) -> int:
     report = write_report(args.run, args.out)
     for notice in report.run.notices:
         print(f"{args.run}: {notice}", file=sys.stderr)
-    for label, figure in _lines(report.headline):
+    for label, figure in _lines(report.headline, report.run.stage):
         print(f"{label:<18}{figure}")
     print(f"{'figures':<18}{len(report.figures)} in {report.page.parent}")
     print(f"{'report':<18}{report.page}")
     return 0
 
 
-def _lines(result: Headline) -> Iterator[tuple[str, str]]:
-    for label, change in (
-        ("rank-1", result.rank1),
-        ("gap", result.gap),
-        ("other over same", result.identity),
-        ("training loss", result.loss),
-    ):
+def _lines(result: Headline, stage: str) -> Iterator[tuple[str, str]]:
+    unsupervised = (("gap", result.gap), ("other over same", result.identity)) if stage == "pretraining" else ()
+    for label, change in (("rank-1", result.rank1), *unsupervised, ("training loss", result.loss)):
         ends = ((change.first, change.first_label), (change.last, change.last_label))
         values = [f"{change.text(value)} ({when})" for value, when in ends if value is not None]
         yield label, " -> ".join(values) or "not measured yet"

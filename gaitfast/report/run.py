@@ -1,4 +1,4 @@
-"""Reads a run folder as pretraining leaves it, finished or not.
+"""Reads a run folder as pretraining or transfer leaves it, finished or not.
 
 Whatever cannot be read becomes a notice that names the file and the line, and is left out: a number on the page was
 in the folder, or it is not on the page.
@@ -18,7 +18,10 @@ import yaml
 
 from gaitfast.config import UserError
 
-METRICS = ("loss", "lr_denoiser", "lr_backbone", "clips_per_s", "data_wait", "seconds")
+METRICS = (
+    *("loss", "lr_denoiser", "lr_backbone", "lr_head", "clips_per_s", "data_wait", "seconds"),
+    *("triplet", "identity", "active", "accuracy"),
+)
 EVALUATIONS = (
     *("rank1", "rank5", "rank10", "mAP", "mINP", "rank1_euclidean"),
     *("distance_positive", "distance_negative", "gap"),
@@ -89,6 +92,12 @@ class Run:
         return self.path.resolve().name or str(self.path)
 
     @property
+    def stage(self) -> str:
+        """pretraining, or transfer."""
+        supervised = isinstance(self.config.get("triplet"), dict) or self.metrics.series("triplet") is not None
+        return "transfer" if supervised else "pretraining"
+
+    @property
     def finished(self) -> bool:
         return bool(self.summary)
 
@@ -110,7 +119,7 @@ def read_run(path: str | Path) -> Run:
     """Read a run folder. UserError where it is not a folder or holds nothing that a run writes."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder; give the folder that pretraining wrote (its --set run=... value)")
+        raise UserError(f"{path}: no such run folder; give the folder that a run wrote (its --set run=... value)")
     run = Run(path)
     run.config = _mapping(run, "config.resolved.yaml", yaml.safe_load)
     run.summary = _mapping(run, "summary.json", json.loads)

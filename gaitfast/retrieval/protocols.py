@@ -17,13 +17,30 @@ import numpy as np
 import torch
 
 from gaitfast.config import UserError
-from gaitfast.retrieval.scoring import RANKS, Evaluation, Labels, Split, all_views, pooled, view_by_view
+from gaitfast.retrieval import cautions
+from gaitfast.retrieval.scoring import (
+    RANKS,
+    Evaluation,
+    Labels,
+    Split,
+    all_views,
+    need_matches,
+    need_matches_across_views,
+    need_other_view,
+    pooled,
+    view_by_view,
+)
 from gaitfast.retrieval.search import search
 
 _CASIA_GALLERY = ("nm-01", "nm-02", "nm-03", "nm-04")
 _CASIA_PROBES = {"NM": ("nm-05", "nm-06"), "BG": ("bg-01", "bg-02"), "CL": ("cl-01", "cl-02")}
 _CASIA_CROSS_GALLERY = ("nm-02", "bg-02", "cl-02")
 _CASIA_CROSS_PROBES = {"NM": ("nm-01",), "BG": ("bg-01",), "CL": ("cl-01",)}
+_CASIA_TYPES = (*_CASIA_GALLERY, *(condition for group in _CASIA_PROBES.values() for condition in group))
+_CASIA_VIEWS = tuple(f"{angle:03d}" for angle in range(0, 181, 18))
+_OU_MVLP_TYPES = ("00", "01")
+_OU_MVLP_VIEWS = tuple(f"{angle:03d}" for angle in (*range(0, 91, 15), *range(180, 271, 15)))
+ALL_VIEWS = "all-views"
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,13 @@ class Protocol:
     split: Callable[[Labels], dict[str, Split]]
     """Probes and gallery by name of the group; UserError where the dataset has not what the protocol needs."""
     score: Callable[[torch.Tensor, Labels, dict[str, Split], dict[str, Any]], Evaluation]
+    need: Callable[[Labels, dict[str, Split]], None] = need_matches
+    """UserError where there would be no figure, by the labels alone."""
     options: dict[str, Any] = field(default_factory=dict)
+    types: tuple[str, ...] = ()
+    """Types that it looks for by name."""
+    views: tuple[str, ...] = ()
+    """Views as published, where views are compared."""
 
 
 def _need(labels: Labels, split: dict[str, Split], *, probes: str, gallery: str) -> dict[str, Split]:
@@ -83,24 +106,51 @@ def _ou_mvlp(labels: Labels) -> dict[str, Split]:
 PROTOCOLS = {
     "gait3d": Protocol("test", _by_probe_set, pooled),
     "walkers": Protocol("test", _by_probe_set, pooled),
-    "grew": Protocol("test", _grew, pooled, {"ranks": (*RANKS, 20), "unmatched": "miss"}),
-    "casia-b": Protocol("test", _casia_b(_CASIA_GALLERY, _CASIA_PROBES), view_by_view),
-    "casia-b-all-views": Protocol("test", _casia_b(_CASIA_CROSS_GALLERY, _CASIA_CROSS_PROBES), all_views),
-    "ou-mvlp": Protocol("test", _ou_mvlp, view_by_view),
-    "ou-mvlp-all-views": Protocol("test", _ou_mvlp, all_views),
-    "usf17": Protocol("all", _usf17, pooled),
+    "grew": Protocol(
+        "test", _grew, pooled, options={"ranks": (*RANKS, 20), "unmatched": "miss"}, types=("01", "02", "03")
+    ),
+    "casia-b": Protocol(
+        "test",
+        _casia_b(_CASIA_GALLERY, _CASIA_PROBES),
+        view_by_view,
+        need_other_view,
+        types=_CASIA_TYPES,
+        views=_CASIA_VIEWS,
+    ),
+    "casia-b-all-views": Protocol(
+        "test",
+        _casia_b(_CASIA_CROSS_GALLERY, _CASIA_CROSS_PROBES),
+        all_views,
+        need_matches_across_views,
+        types=_CASIA_TYPES,
+        views=_CASIA_VIEWS,
+    ),
+    "ou-mvlp": Protocol("test", _ou_mvlp, view_by_view, need_other_view, types=_OU_MVLP_TYPES, views=_OU_MVLP_VIEWS),
+    "ou-mvlp-all-views": Protocol(
+        "test", _ou_mvlp, all_views, need_matches_across_views, types=_OU_MVLP_TYPES, views=_OU_MVLP_VIEWS
+    ),
+    "usf17": Protocol("all", _usf17, pooled, types=("Gal", *(f"Prb{letter}" for letter in "ABCDEFG"))),
 }
 """gait3d, walkers: the partition's PROBE_SET against all other test sequences.
 grew: the local split of the test ids, type 02 against 01; a probe without a match is a miss. The official figures come
 from GREW's site (`grew_submission`).
 casia-b: nm-05, 06 (NM), bg-01, 02 (BG) and cl-01, 02 (CL) against nm-01..04; ou-mvlp: 00 against 01; both view by view,
-without the identical view. -all-views: OpenGait's `cross_view_gallery`, the mAP columns of its model zoo.
+without the identical view. -all-views: OpenGait's `cross_view_gallery`, the mAP columns of its model zoo; `all-views`
+alone is that of the dataset's own protocol.
 usf17: every other set against Gal, all subjects, trained on or not."""
 
 
 def resolve(protocol: str, dataset: Any) -> str:
-    """The protocol's name; `auto` is the one that the dataset names. UserError if it is unknown."""
+    """The protocol's name; `auto` is the one that the dataset names, `all-views` the form of it that compares all views
+    at once. UserError if it is unknown."""
     name = dataset.protocol if protocol == "auto" else protocol
+    if name == ALL_VIEWS:
+        name = f"{dataset.protocol}-{ALL_VIEWS}"
+        if name not in PROTOCOLS:
+            raise UserError(
+                f"{dataset.path}: has the protocol {dataset.protocol!r}, and {ALL_VIEWS} is a form of casia-b and"
+                f" ou-mvlp; name it in full, as in --protocol casia-b-{ALL_VIEWS}"
+            )
     if name in PROTOCOLS:
         return name
     choices = ", ".join(PROTOCOLS)
@@ -116,8 +166,9 @@ def sequences(protocol: str, dataset: Any) -> np.ndarray:
 
 
 def check(protocol: str, dataset: Any) -> None:
-    """UserError if the dataset has not what the protocol needs: a partition, probes, gallery."""
-    PROTOCOLS[resolve(protocol, dataset)].split(_labels(protocol, dataset))
+    """UserError if the dataset has not what the protocol needs: a partition, probes, gallery, a match, names without
+    doubt. What passes can be ranked whatever the features, as long as these are finite."""
+    _split(protocol, dataset)
 
 
 def evaluate(
@@ -133,16 +184,28 @@ def evaluate(
 
     Returns:
         Metrics in percent: `rank1` always; rank5, rank10, mAP, mINP where the protocol has them; `rank1_NM` and the
-        like per group. `.tables` holds the tables by view, `.probes`, `.gallery` and `.unmatched` the counts.
+        like per group. `.tables` holds the tables by view, `.probes`, `.gallery` and `.unmatched` the counts, `.notes`
+        what keeps the figures from being comparable with published ones.
 
     Raises:
-        UserError: an unknown protocol, a dataset without what it needs, another number of embeddings, NaN or infinity.
+        UserError: an unknown protocol, a dataset without what it needs, another number of embeddings, NaN or infinity,
+            not one probe with a match, names that differ by case or padding alone.
     """
-    rule, labels = PROTOCOLS[resolve(protocol, dataset)], _labels(protocol, dataset)
+    rule, labels, split = _split(protocol, dataset)
     if len(embeddings) != len(labels.subject):
         raise UserError(f"embeddings: {len(embeddings)} rows for {len(labels.subject)} sequences of {labels.source}")
-    search_options = {"metric": metric, "progress": progress}
-    return rule.score(embeddings, labels, rule.split(labels), search_options, **rule.options)
+    result = rule.score(embeddings, labels, split, {"metric": metric, "progress": progress}, **rule.options)
+    result.notes += cautions.view_notes(labels, split, rule.views)
+    result.notes += cautions.copy_notes(dataset, sequences(protocol, dataset), split)
+    return result
+
+
+def _split(protocol: str, dataset: Any) -> tuple[Protocol, Labels, dict[str, Split]]:
+    rule, labels = PROTOCOLS[resolve(protocol, dataset)], _labels(protocol, dataset)
+    cautions.check_names(labels, rule.types, rule.views)
+    split = rule.split(labels)
+    rule.need(labels, split)
+    return rule, labels, split
 
 
 def grew_submission(dataset: Any, embeddings: torch.Tensor, *, metric: str = "cosine", progress: bool = False) -> str:
@@ -156,6 +219,19 @@ def grew_submission(dataset: Any, embeddings: torch.Tensor, *, metric: str = "co
     Raises:
         UserError: no probes of type 03, fewer than 20 gallery sequences, an id that is not a number, a doubled video.
     """
+    labels, probes, gallery = check_submission(dataset)
+    videos = labels.view[probes].tolist()
+    nearest = search(embeddings[probes], embeddings[gallery], 20, metric, progress=progress)[1].cpu().numpy()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["videoId", *(f"rank{k}" for k in range(1, 21))])
+    for video, row in zip(videos, labels.subject[gallery[nearest]]):
+        writer.writerow([video, *(int(name) for name in row)])
+    return text.getvalue()
+
+
+def check_submission(dataset: Any) -> tuple[Labels, np.ndarray, np.ndarray]:
+    """Labels, and rows of probes and gallery; UserError where the dataset cannot give a submission (see there)."""
     labels = _labels("grew", dataset)
     probes, gallery = labels.of(("03",)), labels.of(("01", "02"))
     if not len(probes) or len(gallery) < 20:
@@ -169,13 +245,7 @@ def grew_submission(dataset: Any, embeddings: torch.Tensor, *, metric: str = "co
     wrong = next((name for name in labels.subject[gallery].tolist() if not name.isdecimal()), None)
     if wrong is not None:
         raise UserError(f"{labels.source}: the id {wrong!r} is not a number as GREW's are, so it cannot be submitted")
-    nearest = search(embeddings[probes], embeddings[gallery], 20, metric, progress=progress)[1].cpu().numpy()
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["videoId", *(f"rank{k}" for k in range(1, 21))])
-    for video, row in zip(videos, labels.subject[gallery[nearest]]):
-        writer.writerow([video, *(int(name) for name in row)])
-    return text.getvalue()
+    return labels, probes, gallery
 
 
 def _labels(protocol: str, dataset: Any) -> Labels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,15 +23,19 @@ class Table:
     rows: list[str]
     columns: list[str]
     values: list[list[float | None]]
+    row_means: list[float] = field(default_factory=list)
+    """Of each row, over the cells that count: what publications print per probe view."""
 
 
 class Evaluation(dict):
-    """Metrics in percent, `rank1` always among them; `.tables` by view, where the protocol has them; counts."""
+    """Metrics in percent, `rank1` always among them; `.tables` by view, where the protocol has them; counts; `.notes`,
+    lines on what keeps the figures from being comparable."""
 
     def __init__(self, metrics: dict[str, float], *, probes: int, gallery: int, unmatched: int) -> None:
         super().__init__(metrics)
         self.probes, self.gallery, self.unmatched = probes, gallery, unmatched
         self.tables: list[Table] = []
+        self.notes: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,44 @@ class Split(NamedTuple):
 
     probes: np.ndarray
     gallery: np.ndarray
+
+
+def need_matches(labels: Labels, split: dict[str, Split]) -> None:
+    """UserError for a group in which not one probe has a match: 0 % would say something about the features, and this
+    does not."""
+    for name, part in split.items():
+        matched = np.isin(labels.subject[part.probes], labels.subject[part.gallery])
+        _need(labels, bool(matched.any()), name, "", "gallery")
+
+
+def need_other_view(labels: Labels, split: dict[str, Split]) -> None:
+    """Besides, UserError where a probe view has no gallery view but its own to be compared with."""
+    need_matches(labels, split)
+    for part in split.values():
+        views = set(labels.view[part.gallery].tolist())
+        if len(views) == 1 and views & set(labels.view[part.probes].tolist()):
+            raise UserError(f"{labels.source}: only one gallery view, so no view but the identical one to compare with")
+
+
+def need_matches_across_views(labels: Labels, split: dict[str, Split]) -> None:
+    """UserError for a probe view in which nobody is in another view of the gallery."""
+    for name, part in split.items():
+        seen: dict[str, set[str]] = {}
+        for subject, view in zip(labels.subject[part.gallery].tolist(), labels.view[part.gallery].tolist()):
+            seen.setdefault(subject, set()).add(view)
+        matched: dict[str, bool] = {}
+        for subject, view in zip(labels.subject[part.probes].tolist(), labels.view[part.probes].tolist()):
+            matched[view] = matched.get(view, False) or bool(seen.get(subject, set()) - {view})
+        for view, any_match in matched.items():
+            _need(labels, any_match, name, f" in view {view}", "other views of the gallery")
+
+
+def _need(labels: Labels, matched: bool, group: str, which: str, where: str) -> None:
+    if not matched:
+        probes = f"no probe{f' of {group}' if group else ''}{which}"
+        raise UserError(
+            f"{labels.source}: {probes} has a match in the {where}, so there is nothing to rank; check the ids"
+        )
 
 
 def pooled(
@@ -113,12 +155,11 @@ def view_by_view(
             for row, probe_view in enumerate(probe_views):
                 if probe_view != view:
                     values[row, column] = 100.0 * hits[labels.view[probes] == probe_view].mean()
-        if np.isnan(values).all(1).any():
-            raise UserError(f"{labels.source}: only one gallery view, so no view but the identical one to compare with")
         unmatched += int((~np.isin(labels.subject[probes], labels.subject[gallery])).sum())
-        metrics[f"rank1_{name}" if name else "rank1"] = float(np.nanmean(values, axis=1).mean())
+        row_means = np.nanmean(values, axis=1)
+        metrics[f"rank1_{name}" if name else "rank1"] = float(row_means.mean())
         cells = [[None if np.isnan(value) else float(value) for value in row] for row in values]
-        tables.append(Table(f"rank-1 {name}".strip(), probe_views, gallery_views, cells))
+        tables.append(Table(f"rank-1 {name}".strip(), probe_views, gallery_views, cells, row_means.tolist()))
     metrics.setdefault("rank1", float(np.mean(list(metrics.values()))))
     probes = sum(len(part.probes) for part in split.values())
     result = Evaluation(metrics, probes=probes, gallery=_gallery_size(split), unmatched=unmatched)
@@ -129,7 +170,10 @@ def view_by_view(
 def all_views(
     features: torch.Tensor, labels: Labels, split: dict[str, Split], search_options: dict[str, Any]
 ) -> Evaluation:
-    """All gallery views at once without the same person in the identical view; means over probe views of means."""
+    """All gallery views at once without the same person in the identical view; means over probe views of means.
+
+    A probe whose person is in no other view of the gallery is left out of the means of its view.
+    """
     subject, view = (np.unique(x, return_inverse=True)[1] for x in (labels.subject, labels.view))
     person_and_view = subject * (view.max() + 1) + view
     metrics: dict[str, list[float]] = {}
@@ -147,5 +191,6 @@ def all_views(
             if name:
                 metrics[f"{key}_{name}"] = [mean]
     probes = sum(len(part.probes) for part in split.values())
-    means = {key: float(np.mean(values)) for key, values in metrics.items()}
+    order = sorted(metrics, key=lambda key: "_" in key)  # the figures over all groups first
+    means = {key: float(np.mean(metrics[key])) for key in order}
     return Evaluation(means, probes=probes, gallery=_gallery_size(split), unmatched=unmatched)

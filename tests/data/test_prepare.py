@@ -71,7 +71,8 @@ def test_packs_everything_in_order(tree, tmp_path, capsys):
     assert "300 sequences" in text and "train 180, test 117, of these probe 1" in text
     assert "note: 1 subjects of the partition have no sequence" in text
     assert "note: 3 sequences are of subjects that the partition does not list" in text
-    assert "note: gait3d has 3000 train and 1000 test subjects, this set (60, 39)" in text
+    assert "warning: this is not Gait3D as published: 60 train subjects instead of 3,000 (2,940 fewer)" in text
+    assert dataset.facts["findings"]["published"]["test"] == [117, 6369]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p.json"]
     assert run("--verify", tmp_path / "out") == 0
 
@@ -198,7 +199,9 @@ def test_user_mistakes(tree, tmp_path):
         ((root, tmp_path / "o", *layout, "--partition", tmp_path / "none.json"), "no such partition file"),
         ((root, tmp_path / "o", *layout, "--partition", tmp_path / "bad.json"), "not readable as JSON"),
         ((root, tmp_path / "o", *layout, "--workers", "-1"), "--workers: must be positive"),
-        ((root, tmp_path / "o", "--layout", "png", "--modality", "0"), "--modality"),
+        ((root, tmp_path / "o", "--layout", "png", "--modality", "0"), "these are pictures"),
+        ((root, tmp_path / "o", *layout, "--modality", "-1"), "is a number from 0"),
+        ((tmp_path / "empty", tmp_path / "o", "--layout", "grew"), "holds neither pickles nor .png pictures"),
         ((root, tmp_path / "o", *layout, "--as-read"), "--as-read"),
         ((root, "--verify", tmp_path / "o"), "takes a packed dataset alone"),
         (("--verify", tmp_path / "none"), "no such dataset folder"),

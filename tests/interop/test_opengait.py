@@ -37,6 +37,7 @@ def test_round_trip_is_exact_and_uses_every_entry_once(name, variant):
     target = build_recognizer(name, variant, 6, width=0.125, seed=1)
     report = opengait.load_state_dict(target, exported)
     assert report == (list(exported), [], [])
+    assert opengait.keys(source) == list(exported)
     for key, value in source.state_dict().items():
         assert torch.equal(value, target.state_dict()[key]), key
     again = opengait.state_dict(target)
@@ -165,6 +166,25 @@ def test_identify():
         assert (name, variant) in fits and {fit[0] for fit in fits} == {name}
         assert opengait.num_classes(sd) == (4 if name in ("gaitgl", "gaitbase") else None)
     assert opengait.identify({}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "classes", "others"),
+    [
+        ("smplgait", "grew", 20000, {"gait3d", "casia-b", "ou-mvlp"}),
+        ("gaitbase", "casia-b", 74, {"gait3d", "grew", "ou-mvlp"}),
+        ("gaitgl", "grew", 20000, {"ou-mvlp"}),  # the neck is another head
+        ("gaitgl", "grew-bnneck", 9, set()),
+        ("smplgait", "ou-mvlp-baseline", 9, set()),  # as many parts as the network of the paper, another trunk
+        ("smplgait", "grew-baseline", 9, set()),  # the trunk of GaitPart's, without its motion
+        ("gaitpart", "grew", None, {"ou-mvlp"}),
+    ],
+)
+def test_identify_names_the_likeliest_first(name, variant, classes, others):
+    with torch.device("meta"):
+        sd = opengait.state_dict(build_recognizer(name, variant, classes))
+    first, *rest = opengait.identify(sd)
+    assert first == (name, variant) and set(rest) == {(name, other) for other in others}
 
 
 def test_read_takes_what_opengait_saves(tmp_path):

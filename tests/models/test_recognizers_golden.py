@@ -9,6 +9,7 @@ import torch
 from gaitfast.interop import opengait
 from gaitfast.models.recognizer import VARIANTS, build_recognizer
 from gaitfast.recognition import identity_loss, triplet_loss
+from tests.models.opengait_oracle import oracle
 from tests.models.opengait_recipe import golden_silhouettes, golden_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -89,6 +90,27 @@ def test_keys_shapes_and_counts_are_opengaits(case):
     assert list(out.embedding.shape) == [2, *expected["embedding"]]
     if expected["classes"]:
         assert out.logits.shape == (2, expected["classes"], expected["feature"][1])
+
+
+@pytest.mark.parametrize("case", KEYS)
+@pytest.mark.parametrize(("clips", "training"), [((3, 1), False), ((2, 2), True), ((1, 5), False), ((3, 7), True)])
+def test_every_variant_computes_what_its_layer_table_says(case, clips, training):
+    """Against the naive oracle, in float64: lengths and numbers of classes that the golden numbers do not have."""
+    name, variant = case.split("/")
+    model = build_recognizer(name, variant, num_classes=7, width=0.125).train(training).double()
+    weights = {
+        key: value.double() if value.is_floating_point() else value
+        for key, value in golden_weights(opengait.state_dict(model)).items()
+    }
+    if "HPP.p" in weights:
+        weights["HPP.p"] += 0.25  # a trained exponent
+    opengait.load_state_dict(model, weights)
+    silhouettes = golden_silhouettes(*clips).double()
+    expected = oracle(name, variant, weights, silhouettes, training)
+    for one, other in zip(model(silhouettes), expected):
+        assert (one is None) == (other is None)
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_every_model_and_variant_has_its_keys():

@@ -42,6 +42,32 @@ def test_the_report_equals_the_definition(kind, metric, seed, sizes, tile, ident
         assert report[key] == pytest.approx(value, abs=1e-9), key
 
 
+@given(
+    seed=st.integers(0, 2**20),
+    metric=st.sampled_from(("cosine", "euclidean")),
+    sizes=st.tuples(st.integers(1, 6), st.integers(1, 20)),
+    identities=st.integers(1, 5),
+    views=st.integers(1, 3),
+    tile=st.integers(1, 12),
+)
+@settings(max_examples=60, deadline=None)
+def test_identical_views_are_excluded_by_codes(seed, metric, sizes, identities, views, tile):
+    """The exclusion of the protocols: same person and same view, as a pair of codes, among ties and string ids."""
+    both = features("integers", seed, sum(sizes), 3, 2)
+    queries, gallery = both[: sizes[0]], both[sizes[0] :]
+    rng = np.random.default_rng(seed)
+    ids = [[f"{i:03d}" for i in rng.integers(0, identities, n)] for n in sizes]
+    codes = [[f"{i}-{v:03d}" for i, v in zip(side, rng.integers(0, views, len(side)))] for side in ids]
+    mask = np.array([[a == b for b in codes[1]] for a in codes[0]])
+    expected = oracle.report(oracle.distances(queries, gallery, metric), *ids, (1, 5), mask)
+    arguments = (queries, gallery, *ids, metric, (1, 5), tuple(codes))
+    if expected is None:
+        with pytest.raises(ValueError, match="no probe has a match"):
+            rank_report(*arguments, tile=tile)
+        return
+    assert rank_report(*arguments, tile=tile) == pytest.approx(expected, abs=1e-9)
+
+
 @pytest.mark.parametrize(("metric", "name"), [("euclidean", "euc"), ("cosine", "cos")])
 def test_opengait_figures(metric, name):
     figures = golden.FIGURES["eval_rank"][name]

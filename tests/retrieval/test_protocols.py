@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import pickle
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from gaitfast.config import UserError
 from gaitfast.data import packed
 from gaitfast.retrieval import protocols
+from tests.conftest import run_command
 from tests.retrieval import golden, oracle
 
 
@@ -244,7 +247,127 @@ def test_a_dataset_without_a_partition_or_a_gallery(tmp_path):
         protocols.check("auto", data)
 
 
+def test_a_gallery_that_is_empty_is_named(tmp_path):
+    keys = [("a", "c", "seq0"), ("a", "c", "seq1")]
+    data = dataset(tmp_path, keys, "gait3d", probe=["-".join(key) for key in keys])
+    with pytest.raises(UserError, match=r"no gallery \(all are probes\)"):
+        protocols.check("auto", data)
+    data = dataset(tmp_path / "b", [("075", "nm-05", "000"), ("075", "bg-01", "000")], "casia-b")
+    with pytest.raises(UserError, match="no gallery of type nm-01, nm-02"):
+        protocols.check("auto", data)
+
+
+def test_embeddings_that_are_no_numbers_are_refused(tmp_path):
+    data, x = casia_b(tmp_path)
+    x[7, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        protocols.evaluate("auto", data, x)
+
+
 def test_embeddings_must_fit_the_sequences(tmp_path):
     data, x = casia_b(tmp_path)
     with pytest.raises(UserError, match="119 rows for 120 sequences"):
         protocols.evaluate("auto", data, x[1:])
+
+
+def test_all_views_stands_for_the_form_of_the_datasets_own_protocol(tmp_path):
+    data, x = casia_b(tmp_path)
+    assert protocols.resolve("all-views", data) == "casia-b-all-views"
+    assert protocols.evaluate("all-views", data, x) == protocols.evaluate("casia-b-all-views", data, x)
+    other = dataset(tmp_path / "other", [("a", "x", "v")], "gait3d")
+    with pytest.raises(UserError, match="all-views is a form of casia-b and ou-mvlp"):
+        protocols.resolve("all-views", other)
+
+
+def test_tables_have_the_mean_of_each_probe_view(tmp_path):
+    data, x = casia_b(tmp_path)
+    result = protocols.evaluate("auto", data, x)
+    for name, table in zip(("NM", "BG", "CL"), result.tables):
+        means = [np.mean([value for value in row if value is not None]) for row in table.values]
+        assert table.row_means == pytest.approx(means) and np.mean(means) == pytest.approx(result[f"rank1_{name}"])
+
+
+@pytest.mark.parametrize("protocol", ["gait3d", "grew", "casia-b", "ou-mvlp", "casia-b-all-views", "usf17"])
+def test_probes_without_one_match_are_no_zero_percent(tmp_path, protocol):
+    types = {
+        "gait3d": ("p", "g"),
+        "grew": ("02", "01"),
+        "ou-mvlp": ("00", "01"),
+        "usf17": ("PrbA", "Gal"),
+        "casia-b": ("nm-05", "nm-01"),
+        "casia-b-all-views": ("nm-01", "nm-02"),
+    }[protocol]
+    keys = [("001", types[0], v) for v in ("000", "018")] + [("002", types[1], v) for v in ("000", "018")]
+    keys += [("001", t, v) for t in ("bg-01", "cl-01") for v in ("000", "018")] * protocol.startswith("casia")
+    data = dataset(tmp_path, keys, protocol, probe=["001-p-000", "001-p-018"] * (protocol == "gait3d"))
+    if protocol == "gait3d":
+        data = dataset(tmp_path / "b", keys[:1] + keys[2:], protocol, probe=["001-p-000"])
+    for attempt in (
+        protocols.check,
+        lambda *a: protocols.evaluate(*a, noisy(keys_of(data))),
+    ):  # before the embedding too
+        with pytest.raises(UserError, match=r"no probe.* has a match"):
+            attempt(protocol, data)
+
+
+def test_a_view_without_another_to_compare_with_is_refused(tmp_path):
+    keys = [("075", t, "000") for t in ("nm-01", "nm-05", "bg-01", "cl-01")]
+    with pytest.raises(UserError, match="only one gallery view"):
+        protocols.check("casia-b", dataset(tmp_path, keys, "casia-b"))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "keys", "message"),
+    [
+        ("casia-b", [("075", "NM-05", "000"), ("075", "nm-01", "000")], "types 'nm-05' and 'NM-05'"),
+        ("casia-b", [("075", "nm-5", "000"), ("075", "nm-1", "000")], "types 'nm-01' and 'nm-1'"),
+        ("casia-b", [("075", "nm-05", "18"), ("075", "nm-01", "036")], "views '018' and '18'"),
+        ("ou-mvlp", [("00002", "0", "000"), ("00002", "01", "015")], "types '00' and '0'"),
+        ("ou-mvlp", [("00002", "00", "000"), ("00002", "01", "015"), ("2", "01", "000")], "ids '00002' and '2'"),
+        ("grew", [("00001", "1", "xA"), ("00001", "02", "XA")], "types '01' and '1'"),
+        ("gait3d", [("a", "c", "seq0"), ("A", "c", "seq1")], "ids 'A' and 'a'"),
+        ("usf17", [("001", "gal", "right"), ("001", "PrbA", "left")], "types 'Gal' and 'gal'"),
+    ],
+)
+def test_names_that_differ_by_case_or_padding_are_refused(tmp_path, protocol, keys, message):
+    data = dataset(tmp_path, keys, protocol, probe=["-".join(keys[0])] * (protocol == "gait3d"))
+    with pytest.raises(UserError, match=message):
+        protocols.check("auto", data)
+    with pytest.raises(UserError, match=message):
+        protocols.evaluate("auto", data, torch.ones(len(keys), 2, 1))
+
+
+def test_random_names_of_grew_may_look_alike(tmp_path):
+    keys = [("00001", "01", "xA"), ("00001", "02", "XA"), ("00002", "01", "7"), ("00002", "02", "07")]
+    data = dataset(tmp_path, keys, "grew")
+    assert protocols.evaluate("auto", data, torch.eye(4)[:, :, None]).unmatched == 0
+
+
+def test_views_that_are_not_the_published_ones_are_noted(tmp_path):
+    data, x = casia_b(tmp_path)
+    probes, gallery = protocols.evaluate("auto", data, x).notes
+    assert probes == "of the 11 published views the probes lack 054, 072, 090, 108, 126, 144, 162, 180"
+    assert gallery.startswith("of the 11 published views the gallery lack")
+    views = ["000", "017", *(f"{angle:03d}" for angle in range(18, 181, 18))]
+    keys = [("075", t, v) for t in ("nm-01", "nm-05", "bg-01", "cl-01") for v in views]
+    data = dataset(tmp_path / "b", keys, "casia-b")
+    assert (
+        protocols.evaluate("auto", data, noisy(keys)).notes[0]
+        == "of the 11 published views the probes have 017 besides"
+    )
+
+
+def test_copies_of_gallery_sequences_among_the_probes_are_noted(tmp_path):
+    folder = tmp_path / "set"
+    frames = [np.full((1, 64, 64), grey, np.uint8) for grey in (200, 210, 220)]
+    keys = [("a", "01", "v"), ("a", "02", "w"), ("b", "01", "x"), ("b", "02", "y")]
+    partition = {"TRAIN_SET": [], "TEST_SET": ["a", "b"]}
+    for (subject, condition, view), frame in zip(keys, (frames[0], frames[1], frames[2], frames[0])):
+        path = tmp_path / "tree" / subject / condition / view
+        path.mkdir(parents=True)
+        (path / "x.pkl").write_bytes(pickle.dumps(frame))
+    (tmp_path / "p.json").write_text(json.dumps(partition))
+    arguments = ("--layout", "grew", "--partition", tmp_path / "p.json", "--workers", 1)
+    assert run_command("prepare", tmp_path / "tree", folder, *arguments) == 0
+    result = protocols.evaluate("auto", packed.PackedDataset.open(folder), torch.eye(4)[:, :, None])
+    assert result.notes == ["1 probes are copies, frame by frame, of gallery sequences; they are ranked as any other"]
