@@ -73,6 +73,7 @@ setup(
         "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "ninja", *ONNX],
         "gpu": ["triton>=3.2"],
         "onnx": ONNX,
+        "bench": ["faiss-cpu>=1.8"],
     },
     entry_points={"console_scripts": ["gaitfast=gaitfast.cli:main"]},
     **extension(),
