@@ -2,6 +2,8 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include "ops.h"
+
 extern "C" PyObject* PyInit__C() {
   // Importing gaitfast._C only loads the shared library; the operators register when it is loaded.
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -19,6 +21,8 @@ TORCH_LIBRARY(gaitfast, m) {
   // Exact retrieval (gaitfast/retrieval). Features (N, C, P), float32, float16 or bfloat16, one type on both sides.
   // Sums of squares per part, float64 (N, P).
   m.def("part_squares(Tensor features) -> Tensor");
+  // Whether the next gallery_plane will be for a tile unit (AMX).
+  m.def("uses_tile_unit() -> bool", &gaitfast::retrieval::uses_tile_unit);
   // What products read of a gallery, and how much of each row it leaves out. scale: a power of two, 1 for the cosine.
   m.def("gallery_plane(Tensor features, Tensor squares, str metric, float scale) -> (Tensor plane, Tensor lengths)");
   // The k nearest items, ordered by (exact distance, item): distances float64 (Q, k), items int64 (Q, k); where

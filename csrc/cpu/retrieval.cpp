@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "../ops.h"
 #include "retrieval/passes.h"
 
 namespace gaitfast::retrieval {
@@ -127,6 +128,9 @@ at::Tensor pair_distances(const at::Tensor& queries, const at::Tensor& query_squ
 }
 
 }  // namespace
+
+bool uses_tile_unit() { return simd() == Simd::amx; }
+
 }  // namespace gaitfast::retrieval
 
 TORCH_LIBRARY_IMPL(gaitfast, CPU, m) {

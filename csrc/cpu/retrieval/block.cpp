@@ -87,7 +87,7 @@ std::pair<at::Tensor, at::Tensor> make_plane(Metric metric, const at::Tensor& fe
       std::fill_n(lengths_data + first * segments.count, length * segments.count, kFloatLengths);
       return;
     }
-    const int64_t size = plane_values(segments, length), row_values = segments.tiles * kTileDepth;
+    const int64_t size = plane_values(segments, length), row_values = segments.stride * kTileDepth;
     std::vector<int8_t> buffer(2 * size);
     rows.to_tiles(first, length, Side::gallery, buffer.data(), buffer.data() + size,
                   lengths_data + first * segments.count);
@@ -183,12 +183,12 @@ void Block::product(int64_t segment, int64_t first, int64_t rows, float* out) {
     at::mm_out(result, items, floats_[segment].t());
     return;
   }
-  const int64_t row_values = segments.tiles * kTileDepth, padded = padded_rows(problem_.gallery.shape().rows);
+  const int64_t row_values = segments.stride * kTileDepth, padded = padded_rows(problem_.gallery.shape().rows);
   const int8_t* items = problem_.plane.const_data_ptr<int8_t>() + (segment * padded + first) * row_values;
   const int8_t* queries = planes_.data() + segment * columns_ * row_values;
   const int64_t item_planes = problem_.plane.size(1), query_planes = static_cast<int64_t>(planes_.size()) / 2;
   tile_product({items, items + item_planes}, {queries, queries + query_planes}, out, padded_rows(rows), columns_,
-               segments.tiles);
+               segments.tiles, segments.stride);
 }
 
 void Block::cosines(int64_t first, int64_t rows) {

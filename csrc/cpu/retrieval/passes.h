@@ -39,7 +39,7 @@ void for_blocks(const Problem& problem, const Work& work) {
   }
   const int64_t share = padded_rows((queries + at::get_num_threads() - 1) / at::get_num_threads());
   const Segments& segments = problem.queries.segments();
-  const int64_t row_bytes = 2 * segments.count * segments.tiles * kTileDepth;
+  const int64_t row_bytes = 2 * segments.count * segments.stride * kTileDepth;
   const int64_t fitting = std::clamp<int64_t>(kPlaneBytes / row_bytes / kRowsOfPanel, 1, 8) * kRowsOfPanel;
   const int64_t columns = std::min(share, fitting);
   parallel((queries + columns - 1) / columns, [&](int64_t task) {

@@ -71,7 +71,7 @@ void place(const int8_t* source, const Shape& shape, const Segments& segments, S
            int8_t* group) {
   const int64_t step = segments.count == 1 ? 1 : shape.parts;  // between the values of a segment
   for (int64_t s = 0; s < segments.count; ++s) {
-    int8_t* tile = group + s * groups * segments.tiles * kTileValues;
+    int8_t* tile = group + s * groups * segments.stride * kTileValues;
     for (int64_t start = 0; start < segments.values; start += kTileDepth, tile += kTileValues) {
       const int64_t length = std::min(kTileDepth, segments.values - start);
       const int8_t* in = source + start * step + s;
@@ -118,7 +118,7 @@ void Rows::weigh(int64_t row, double* weights) const {
 }
 
 void Rows::to_tiles(int64_t first, int64_t count, Side side, int8_t* high, int8_t* low, Lengths* lengths) const {
-  const int64_t groups = padded_rows(count) / kTileRows, group_values = segments_.tiles * kTileValues;
+  const int64_t groups = padded_rows(count) / kTileRows, group_values = segments_.stride * kTileValues;
   if (count % kRowsOfPanel) {
     for (int8_t* plane : {high, low}) std::fill_n(plane, plane_values(segments_, count), int8_t{0});
   }

@@ -26,8 +26,10 @@ struct Segments {
   Segments(Metric metric, Shape shape)
       : count(metric == Metric::cosine ? 1 : shape.parts),
         values(metric == Metric::cosine ? shape.width() : shape.channels),
-        tiles((values + kTileDepth - 1) / kTileDepth) {}
+        tiles((values + kTileDepth - 1) / kTileDepth),
+        stride(tiles | 1) {}
   int64_t count, values, tiles;
+  int64_t stride;  // tiles from one group of 16 rows to the next; odd, as powers of two would share cache lines' places
 };
 
 // Rows are padded with zeros to a multiple of this, so that products need no edge cases.
@@ -36,7 +38,7 @@ inline int64_t padded_rows(int64_t rows) { return (rows + kRowsOfPanel - 1) / kR
 
 // Values of one plane of `rows` rows.
 inline int64_t plane_values(const Segments& segments, int64_t rows) {
-  return segments.count * padded_rows(rows) * segments.tiles * kTileDepth;
+  return segments.count * padded_rows(rows) * segments.stride * kTileDepth;
 }
 
 // Of one segment: its unit, and upper bounds of the lengths of its low part and of its rest.
@@ -53,7 +55,7 @@ class Rows {
   const Shape& shape() const { return shape_; }
   const Segments& segments() const { return segments_; }
 
-  // Rows [first, first + count) as planes `high` and `low`, each (segments, padded rows / 16, tiles, 1024), and their
+  // Rows [first, first + count) as planes `high` and `low`, each (segments, padded rows / 16, stride, 1024), and their
   // `lengths` (count, segments).
   void to_tiles(int64_t first, int64_t count, Side side, int8_t* high, int8_t* low, Lengths* lengths) const;
   // The same rows in float32: (segments, count, values).

@@ -60,16 +60,16 @@ TileUnit::TileUnit() { configure(); }
 TileUnit::~TileUnit() { release(); }
 
 GAITFAST_TARGET_AMX void tile_product(Planes gallery, Planes query, float* out, int64_t rows, int64_t columns,
-                                      int64_t tiles) {
+                                      int64_t tiles, int64_t stride) {
   alignas(64) int32_t cross[4][256], high[4][256];
-  const int64_t next = tiles * kValues;  // from a group of 16 rows to the next
+  const int64_t next = stride * kValues;  // from a group of 16 rows to the next
   const __m512 low_step = _mm512_set1_ps(1.0f / 254.0f);
   for (int64_t first = 0; first < tiles; first += kMostTiles) {
     const int64_t length = std::min(kMostTiles, tiles - first);
     for (int64_t i = 0; i < rows; i += 32) {
-      const int64_t item = (i / 16 * tiles + first) * kValues;
+      const int64_t item = (i / 16 * stride + first) * kValues;
       for (int64_t j = 0; j < columns; j += 32) {
-        const int64_t column = (j / 16 * tiles + first) * kValues;
+        const int64_t column = (j / 16 * stride + first) * kValues;
         clear_tiles();
         add_products(gallery.high + item, query.low + column, length, next);
         add_products(gallery.low + item, query.high + column, length, next);
@@ -97,6 +97,6 @@ GAITFAST_TARGET_AMX void tile_product(Planes gallery, Planes query, float* out, 
 namespace gaitfast::retrieval {
 TileUnit::TileUnit() = default;
 TileUnit::~TileUnit() = default;
-void tile_product(Planes, Planes, float*, int64_t, int64_t, int64_t) { __builtin_unreachable(); }  // simd() is never amx
+void tile_product(Planes, Planes, float*, int64_t, int64_t, int64_t, int64_t) { __builtin_unreachable(); }  // simd() is never amx
 }  // namespace gaitfast::retrieval
 #endif
