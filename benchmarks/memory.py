@@ -54,5 +54,18 @@ def extra_memory(call: Callable[[], Any]) -> Extra:
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments) in a fresh process, where no other measurement has left memory behind."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(sender, function, arguments))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{function.__name__}: the process ended without an answer, see above") from None
+    finally:
+        child.join()
+
+
+def _send(sender: Any, function: Callable[..., Any], arguments: tuple) -> None:
+    sender.send(function(*arguments))

@@ -101,9 +101,21 @@ def sides_of(case: Case, data: Features, without: set[str]) -> dict[str, Call]:
     return sides
 
 
-def timed(sides: dict[str, Call], case: Case) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of every sample, and every side's answer. OpenGait's loops, which take minutes, run once."""
+def others_seconds() -> float:
+    """Processor seconds that were not this process's: other processes, the kernel's own, time stolen by the host."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    times = os.times()
+    all_ = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return all_ - times.user - times.system
+
+
+def timed(sides: dict[str, Call], case: Case) -> tuple[dict[str, list[float]], dict[str, float], dict[str, Any]]:
+    """Seconds of every sample, the cores that others used meanwhile, and every side's answer.
+
+    OpenGait's loops, which take minutes, run once.
+    """
     samples: dict[str, list[float]] = {name: [] for name in sides}
+    others = dict.fromkeys(sides, 0.0)
     answers: dict[str, Any] = {}
     ready = []
     for turn in range(case.rounds + 1):
@@ -112,19 +124,20 @@ def timed(sides: dict[str, Call], case: Case) -> tuple[dict[str, list[float]], d
             if slow and turn != 1:
                 continue
             time.sleep(REST_S)
-            started = time.perf_counter()
+            before, started = others_seconds(), time.perf_counter()
             answer = call()
             taken = time.perf_counter() - started
             if turn == 0 or slow:
                 answers[name] = answer
             if turn > 0:
                 samples[name].append(taken)
+                others[name] += others_seconds() - before
                 if name == "faiss":
                     ready.append(call.index.ready_seconds)
             del answer
     if ready:
         samples["faiss, index ready"] = ready
-    return samples, answers
+    return samples, {name: max(0.0, value) / sum(samples[name]) for name, value in others.items()}, answers
 
 
 def memory_of(case: Case, side: str) -> Extra:
@@ -167,10 +180,10 @@ def rates() -> dict[str, float]:
     return found
 
 
-def measure(case: Case, speed: dict[str, float], without: set[str], memory: bool) -> list[dict]:
+def measure(case: Case, speed: dict[str, float], without: set[str]) -> list[dict]:
     """The rows of one case."""
     data = case.features()
-    samples, answers = timed(sides_of(case, data, without), case)
+    samples, others, answers = timed(sides_of(case, data, without), case)
     if case.kind == "search":
         checked = check_search(case.metric, data, answers)
     else:
@@ -193,23 +206,29 @@ def measure(case: Case, speed: dict[str, float], without: set[str], memory: bool
             "of_float32_rate": round(rate / speed["float32_tflops"], 3),
             "of_bfloat16_rate": round(rate / speed["bfloat16_tflops"], 3),
         }
+        if side in others:
+            row["other_cores"] = round(others[side], 2)
         if side in checked:
             row["checked"] = checked[side]
-        if memory and side in ("ours", "torch", "faiss", "opengait") and case.third in (None, 0):
-            row["extra_mib"] = {
-                key: round(value, 1) for key, value in in_child(memory_of, case, side)._asdict().items()
-            }
         rows.append(row)
         show(row)
     return rows
 
 
+def add_memory(case: Case, rows: list[dict], sides: set[str]) -> None:
+    """Writes the memory of some sides into the rows of a case. Of thirds the first tells all."""
+    for row in rows:
+        if row["case"] == case.name and row["side"] in sides and case.third in (None, 0):
+            extra = in_child(memory_of, case, row["side"])
+            row["extra_mib"] = {key: round(value, 1) for key, value in extra._asdict().items()}
+            print(f"{row['case']:<46} {row['side']:<21} +{extra.resident:.0f} MiB", flush=True)
+
+
 def show(row: dict) -> None:
     median, low, high = row["seconds"]
-    extra = f"  +{row['extra_mib']['resident']:.0f} MiB" if "extra_mib" in row else ""
     print(
         f"{row['case']:<46} {row['side']:<21} {median:9.4f} s ({low:.4f}-{high:.4f})  x{row['over_ours']:<8} "
-        f"{100 * row['of_bfloat16_rate']:.0f} % of bf16{extra}",
+        f"{100 * row['of_bfloat16_rate']:.0f} % of bf16  others {row.get('other_cores', 0.0)}",
         flush=True,
     )
 
@@ -258,6 +277,14 @@ def headline_of(rows: list[dict], cases: list[Case]) -> dict[str, float]:
     return found
 
 
+def known_rows(path: Path | None, cases: list[Case]) -> list[dict]:
+    """What a file holds of these cases."""
+    if path is None or not path.exists():
+        return []
+    names = {case.name for case in cases}
+    return [row for row in json.loads(path.read_text())["rows"] if row["case"] in names]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval", description=__doc__.split("\n\n")[0])
     size = parser.add_mutually_exclusive_group()
@@ -265,7 +292,7 @@ def main() -> int:
     size.add_argument("--full", action="store_true", help="12,000 x 12,000 and more cases: about 15 minutes")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases whose name holds one of these")
     parser.add_argument("--without", nargs="+", default=[], choices=["torch", "faiss", "opengait"])
-    parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
+    parser.add_argument("--part", choices=["all", "time", "memory"], default="all", help="memory: of rows in FILE")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows of other cases that FILE holds are kept")
     arguments = parser.parse_args()
@@ -283,15 +310,15 @@ def main() -> int:
         except UserError as error:
             print(f"{error}; going on without it", flush=True)
             without.add("faiss")
+    memory = {"ours", "torch", "faiss", "opengait"} if arguments.full else {"ours"}
     speed = rates()
     print(json.dumps(speed), flush=True)
-    names = {case.name for case in chosen}
-    rows = []
-    if arguments.json and arguments.json.exists():
-        known = {case.name for case in cases}
-        rows = [r for r in json.loads(arguments.json.read_text())["rows"] if r["case"] in known - names]
+    rows = known_rows(arguments.json, cases)
     for case in chosen:
-        rows += measure(case, speed, without, not arguments.no_memory)
+        if arguments.part != "memory":
+            rows = [row for row in rows if row["case"] != case.name] + measure(case, speed, without)
+        if arguments.part != "time":
+            add_memory(case, rows, memory)
         if arguments.json:
             result = {**envelope(headline_of(rows, cases), rows), "rates": speed, "threads": torch.get_num_threads()}
             files.write_json(arguments.json, result)

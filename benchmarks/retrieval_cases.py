@@ -91,7 +91,7 @@ QUICK = [
     Case(kind="search", queries=3000, gallery=3000, data="normal"),
     Case(kind="search", queries=1000, gallery=5000, k=1, levels=NO_AMX),
     Case(kind="search", queries=1000, gallery=5000, metric="euclidean"),
-    Case(kind="report", queries=2000, gallery=3000),
+    Case(kind="report", queries=1500, gallery=3000),
 ]
 
 FULL = [

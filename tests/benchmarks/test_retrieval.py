@@ -75,7 +75,7 @@ def test_the_command_writes_rows_and_a_headline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(retrieval, "QUICK", cases)
     kept = {"case": cases[-1].name, "side": "opengait", "over_ours": 12.5, "seconds": [1.0, 1.0, 1.0]}
     (tmp_path / "a.json").write_text(json.dumps({"rows": [kept, {"case": "of another size"}]}))
-    options = ["--no-memory", "--without", "faiss", "--only", "search", "third1", "--json", str(tmp_path / "a.json")]
+    options = ["--part", "time", "--without", "faiss", "--only", "search", "third1", "--json", str(tmp_path / "a.json")]
     monkeypatch.setattr(sys, "argv", ["retrieval", "--quick", *options])
     assert retrieval.main() == 0
     found = json.loads((tmp_path / "a.json").read_text())
