@@ -33,8 +33,8 @@ def compiled_for(device: torch.device) -> bool:
     if importlib.util.find_spec("gaitfast._C") is None:
         return False
     _load()
-    key = "CUDA" if device.type == "cuda" else "CPU"
-    return torch._C._dispatch_has_kernel_for_dispatch_key("gaitfast::search_gallery", key)
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("gaitfast::search_gallery", key)
 
 
 def backend_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
