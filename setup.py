@@ -23,10 +23,13 @@ def extension() -> dict:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    sources = ["csrc/library.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
+    sources = ["csrc/library.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").rglob("*.cpp"))]
     # No OpenMP: its threads would be a second pool beside PyTorch's, and on a small machine the two spin against each
     # other (a third of the step on two cores). What runs in parallel here brings its own threads.
-    flags = {"cxx": ["-O3", "-std=c++20", "-Wall"]}
+    # No contraction: error-free transformations (csrc/cpu/retrieval) say themselves where they want a fused product.
+    # -Wno-psabi: functions on vectors are all inlined, so how they would be passed does not matter.
+    rounding = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    flags = {"cxx": ["-O3", "-std=c++20", "-Wall", "-Wno-psabi", *rounding]}
     cuda = torch.version.cuda is not None and CUDA_HOME is not None
     cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
     if cuda and cuda_sources:
@@ -70,6 +73,7 @@ setup(
         "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "ninja", "triton>=3.6", *ONNX],
         "gpu": ["triton>=3.6"],
         "onnx": ONNX,
+        "bench": ["faiss-cpu>=1.8"],
     },
     entry_points={"console_scripts": ["gaitfast=gaitfast.cli:main"]},
     **extension(),

@@ -11,7 +11,16 @@ import torch
 
 from gaitfast.engine.portable import source_commit
 
-PACKAGES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "numpy", "opencv-python-headless", "safetensors")
+PACKAGES = (
+    "torch",
+    "triton",
+    "deepspeed",
+    "nvidia-dali-cuda130",
+    "numpy",
+    "opencv-python-headless",
+    "safetensors",
+    "faiss-cpu",
+)
 
 
 def machine() -> dict:

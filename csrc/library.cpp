@@ -2,6 +2,8 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include "ops.h"
+
 extern "C" PyObject* PyInit__C() {
   // Importing gaitfast._C only loads the shared library; the operators register when it is loaded.
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -15,4 +17,28 @@ TORCH_LIBRARY(gaitfast, m) {
   m.def("chunk_crc32(Tensor bytes, Tensor offset, Tensor size) -> Tensor");
   // Dilation, then blur and threshold, of rows [first, last) of each clip (B, T, H, W), in place.
   m.def("part_ops_(Tensor(a!) clips, Tensor half_widths, Tensor dilate_rows, Tensor blur_rows) -> ()");
+
+  // Exact retrieval (gaitfast/retrieval). Features (N, C, P), float32, float16 or bfloat16, one type on both sides.
+  // Sums of squares per part, float64 (N, P).
+  m.def("part_squares(Tensor features) -> Tensor");
+  // Whether the next gallery_plane will be for a tile unit (AMX).
+  m.def("uses_tile_unit() -> bool", &gaitfast::retrieval::uses_tile_unit);
+  // What products read of a gallery, and how much of each row it leaves out. scale: a power of two, 1 for the cosine.
+  m.def("gallery_plane(Tensor features, Tensor squares, str metric, float scale) -> (Tensor plane, Tensor lengths)");
+  // The k nearest items, ordered by (exact distance, item): distances float64 (Q, k), items int64 (Q, k); where
+  // exclusions leave fewer: infinite and -1. The items excluded for query q: excluded[excluded_offsets[q]:...[q + 1]],
+  // ascending.
+  m.def(
+      "search_gallery(Tensor queries, Tensor query_squares, Tensor gallery, Tensor gallery_squares, Tensor plane, "
+      "Tensor lengths, str metric, float scale, int k, Tensor excluded_offsets, Tensor excluded) -> (Tensor, Tensor)");
+  // For each positive (n), an item at a distance that is exact or within float64's bound, how many items of this gallery
+  // come before it, int64 (n); and open, bool (n): its distance must be exact for that.
+  m.def(
+      "count_before(Tensor queries, Tensor query_squares, Tensor gallery, Tensor gallery_squares, Tensor plane, "
+      "Tensor lengths, str metric, float scale, Tensor offsets, Tensor positives, Tensor distances, Tensor exact, "
+      "Tensor excluded_offsets, Tensor excluded) -> (Tensor, Tensor)");
+  // Distances of the pairs (rows[i], items[i]), float64 (n): within the bound of float64, or exact.
+  m.def(
+      "pair_distances(Tensor queries, Tensor query_squares, Tensor gallery, Tensor gallery_squares, Tensor rows, "
+      "Tensor items, str metric, bool exact) -> Tensor");
 }

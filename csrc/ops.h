@@ -18,4 +18,8 @@ inline bool chunk_in_range(int64_t offset, int64_t size, int64_t total) {
   return offset >= 0 && size >= 0 && size <= total && offset <= total - size;
 }
 
+namespace retrieval {
+bool uses_tile_unit();
+}
+
 }  // namespace gaitfast

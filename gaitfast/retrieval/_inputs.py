@@ -30,10 +30,10 @@ def check_metric(metric: str) -> None:
 
 
 def check_features(features: Any, side: str) -> torch.Tensor:
-    """`features` as a tensor (N, C, P) without gradient.
+    """`features` as a contiguous tensor (N, C, P) without gradient.
 
     Accepts tensors and NumPy arrays of any strides in float16, bfloat16, float32 or float64. RetrievalError, naming
-    the side and the row, for another type, shape or size, for NaN and infinity, and for float64 beyond 1e±60.
+    the side, for another type, shape or size. The values are looked at by `check_values`.
     """
     if isinstance(features, np.ndarray):
         require(features.dtype.kind == "f", f"{side}: must be floating point, got {features.dtype}")
@@ -43,21 +43,32 @@ def check_features(features: Any, side: str) -> torch.Tensor:
     require(features.ndim == 3, f"{side}: must have shape (N, C, P), got {tuple(features.shape)}")
     require(features.shape[0] > 0, f"{side}: empty, holds no feature")
     require(features.shape[1] > 0 and features.shape[2] > 0, f"{side}: no values in shape {tuple(features.shape)}")
-    features = features.detach()
+    return features.detach().contiguous()
+
+
+def check_values(features: torch.Tensor, side: str, first: int = 0) -> torch.Tensor:
+    """`features` (N, C, P), whose row 0 is row `first` of the side.
+
+    RetrievalError, naming the side and the row, for NaN and infinity, and for float64 beyond 1e±60.
+    """
     rows = max(1, _CHECK_ELEMENTS // features[0].numel())
     for start in range(0, len(features), rows):
         block = features[start : start + rows].flatten(1)
-        bad = ~torch.isfinite(block).all(1)
-        if bad.any():
-            raise RetrievalError(f"{side}[{start + int(bad.nonzero()[0])}]: holds NaN or infinity")
+        require_finite(torch.isfinite(block).all(1), side, first + start)
         if features.dtype == torch.float64:
             magnitude = block.abs()
             low, high = _FLOAT64_RANGE
             bad = ((magnitude > high) | ((magnitude > 0) & (magnitude < low))).any(1)
             if bad.any():
-                row = start + int(bad.nonzero()[0])
+                row = first + start + int(bad.nonzero()[0])
                 raise RetrievalError(f"{side}[{row}]: holds values beyond {low:g}..{high:g}; rescale the features")
     return features
+
+
+def require_finite(finite: torch.Tensor, side: str, first: int) -> None:
+    """`finite`: bool (n,), of the rows from `first` on."""
+    if not finite.all():
+        raise RetrievalError(f"{side}[{first + int((~finite).nonzero()[0])}]: holds NaN or infinity")
 
 
 def check_pair(queries: Any, gallery: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +122,16 @@ def joint_codes(
     return codes[: sizes[0]], codes[sizes[0] :]
 
 
+def matching(codes: torch.Tensor, gallery_codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gallery items with the code of each query, ascending: owners (n,), items (n,), and numbers per query (Q,)."""
+    sorted_codes, by_code = gallery_codes.sort(stable=True)
+    first = torch.searchsorted(sorted_codes, codes)
+    size = torch.searchsorted(sorted_codes, codes, right=True) - first
+    owner = torch.repeat_interleave(torch.arange(len(codes), device=codes.device), size)
+    place = torch.arange(len(owner), device=codes.device) - (size.cumsum(0) - size)[owner]
+    return owner, by_code[first[owner] + place], size
+
+
 class Exclusion:
     """Which gallery items do not exist for which query: none, a bool mask (Q, G), or a pair of codes.
 
@@ -118,6 +139,7 @@ class Exclusion:
     """
 
     def __init__(self, exclude: Any, sizes: tuple[int, int], device: torch.device) -> None:
+        self.device = device
         self.mask: torch.Tensor | None = None
         self.codes: tuple[torch.Tensor, torch.Tensor] | None = None
         if exclude is None:
@@ -140,6 +162,26 @@ class Exclusion:
         if self.codes is not None:
             return self.codes[0][rows, None] == self.codes[1][columns]
         return None
+
+    def part(self, rows: slice, columns: slice) -> Exclusion:
+        """The same for some queries and some items, numbered from 0."""
+        part = Exclusion(None, (0, 0), self.device)
+        part.mask = None if self.mask is None else self.mask[rows, columns]
+        part.codes = None if self.codes is None else (self.codes[0][rows], self.codes[1][columns])
+        return part
+
+    def lists(self, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The excluded items of each query in `rows`, ascending, as numbers within `columns`: offsets and items."""
+        count = rows.stop - rows.start
+        if self.mask is not None:
+            owner, items = self.mask[rows, columns].nonzero(as_tuple=True)
+            size = torch.bincount(owner, minlength=count)
+        elif self.codes is not None:
+            owner, items, size = matching(self.codes[0][rows], self.codes[1][columns])
+        else:
+            items = size = torch.zeros(count, dtype=torch.int64, device=self.device)
+            items = items[:0]
+        return torch.cat((size.new_zeros(1), size.cumsum(0))), items
 
     def pairs(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Bool (n,): True where the pair (rows[i], columns[i]) is excluded."""

@@ -77,5 +77,12 @@ class EuclideanTiles:
         return Interval(total - error, total.add_(error))
 
 
+def tolerance(metric: str, channels: int, parts: int, distances: torch.Tensor) -> torch.Tensor:
+    """How far a distance computed in float64, pair by pair and in any order of summation, may be from the true one."""
+    if metric == "cosine":
+        return torch.full_like(distances, 2.0 * _UNIT * (channels * parts + channels + 16))
+    return distances * (2.0 * _UNIT * (channels + parts + 8))
+
+
 def tiles(metric: str, channels: int, parts: int) -> CosineTiles | EuclideanTiles:
     return {"cosine": CosineTiles, "euclidean": EuclideanTiles}[metric](channels, parts)

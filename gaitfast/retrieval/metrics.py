@@ -7,10 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
+import torch.distributed as dist
 
-from gaitfast.retrieval import _ops
-from gaitfast.retrieval._inputs import Exclusion, check_features, check_metric, check_pair, joint_codes, require
+from gaitfast.retrieval import _backends, _ops
+from gaitfast.retrieval._inputs import (
+    Exclusion,
+    check_features,
+    check_metric,
+    check_pair,
+    check_values,
+    joint_codes,
+    matching,
+    require,
+)
+from gaitfast.retrieval._shards import Shard
+
+_MANY_POSITIVES = 256  # per probe: beyond, searching a sorted list of them costs less than comparing with each
 
 
 @dataclass(frozen=True)
@@ -70,39 +82,34 @@ def probe_ranks(
     metric: str = "cosine",
     *,
     exclude: Any = None,
-    tile: int = _ops.DEFAULT_TILE,
+    tile: int | None = None,
     progress: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> ProbeRanks:
     """Each probe's result; arguments as in `rank_report`. On the CPU."""
     check_metric(metric)
     queries, gallery = check_pair(queries, gallery)
-    require(tile >= 1, f"tile: must be positive, got {tile}")
-    sizes = len(queries), len(gallery)
+    require(tile is None or tile >= 1, f"tile: must be positive, got {tile}")
+    shard = Shard(len(gallery), group)
+    shard.agree(queries=tuple(queries.shape), dtype=queries.dtype, metric=metric)
+    sizes = len(queries), shard.total
     exclusion = Exclusion(exclude, sizes, queries.device)
-    query_codes, gallery_codes = joint_codes(query_ids, gallery_ids, "ids", sizes, queries.device)
-    sorted_codes, by_code = gallery_codes.sort(stable=True)
-    results = []
-    for start in tqdm(
-        range(0, sizes[0], tile), desc="rank", unit="tile", disable=None if progress else True, leave=False
-    ):
-        rows = torch.arange(start, min(start + tile, sizes[0]), device=queries.device)
-        positives, offsets = _positives(rows, query_codes[rows], sorted_codes, by_code, exclusion)
-        ranks = _ops.rank_positives(queries, gallery, positives, offsets, metric, exclusion, tile, rows)
-        results.append(_summarise(ranks.cpu(), offsets.cpu()))
-    return ProbeRanks(*(torch.cat(x) for x in zip(*results)))
+    codes = joint_codes(query_ids, gallery_ids, "ids", sizes, queries.device)
+    positives, offsets = _positives(*codes, exclusion)
+    compiled = _backends.backend_of(queries.device, queries.dtype)[0] == "compiled"
+    compiled = compiled and len(positives) <= _MANY_POSITIVES * len(queries)
+    problem = _ops.Problem(queries, gallery, metric, exclusion, tile=tile, shard=shard, compiled=compiled)
+    ranks = _ops.rank_positives(problem, positives, offsets, progress)
+    return ProbeRanks(*_summarise(ranks.cpu(), offsets.cpu()))
 
 
 def _positives(
-    rows: torch.Tensor, codes: torch.Tensor, sorted_codes: torch.Tensor, by_code: torch.Tensor, exclusion: Exclusion
+    codes: torch.Tensor, gallery_codes: torch.Tensor, exclusion: Exclusion
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gallery items of each row's identity that are not excluded: numbers (n,) and offsets (rows + 1,)."""
-    first = torch.searchsorted(sorted_codes, codes)
-    size = torch.searchsorted(sorted_codes, codes, right=True) - first
-    owner = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), size)
-    place = torch.arange(len(owner), device=rows.device) - (size.cumsum(0) - size)[owner]
-    positives = by_code[first[owner] + place]
-    there = ~exclusion.pairs(rows[owner], positives)
-    size = torch.bincount(owner[there], minlength=len(rows))
+    """The gallery items of each query's identity that are not excluded: numbers (n,) and offsets (Q + 1,)."""
+    owner, positives, _ = matching(codes, gallery_codes)
+    there = ~exclusion.pairs(owner, positives)
+    size = torch.bincount(owner[there], minlength=len(codes))
     return positives[there], torch.cat((size.new_zeros(1), size.cumsum(0)))
 
 
@@ -133,8 +140,9 @@ def rank_report(
     exclude: Any = None,
     *,
     unmatched: str = "drop",
-    tile: int = _ops.DEFAULT_TILE,
+    tile: int | None = None,
     progress: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> RankReport:
     """Rank-k, mean average precision and mean inverse negative penalty.
 
@@ -143,7 +151,8 @@ def rank_report(
     positives over the place of the last one. The order of the gallery is that of `search`.
 
     Args:
-        queries: probes (Q, C, P). gallery: (G, C, P). metric, tile, progress: as in `search`.
+        queries: probes (Q, C, P). gallery: (G, C, P). metric, tile, progress, group: as in `search`; with a group,
+            gallery_ids and exclude are those of the whole gallery.
         query_ids, gallery_ids: one identity per row, all strings or all integers.
         ranks: the k of rank-k; beyond the gallery's size every probe with a match is a hit.
         exclude: as in `search`, for example `(["07-090", ...], ["07-000", ...])` with the id and view of both sides, to
@@ -159,7 +168,7 @@ def rank_report(
         ValueError: (also a UserError) as `search`; ids of another type or number; no probe with a positive at all.
     """
     result = probe_ranks(
-        queries, gallery, query_ids, gallery_ids, metric, exclude=exclude, tile=tile, progress=progress
+        queries, gallery, query_ids, gallery_ids, metric, exclude=exclude, tile=tile, progress=progress, group=group
     )
     return result.report(ranks, unmatched)
 
@@ -178,7 +187,7 @@ def distance_gap(features: torch.Tensor, ids: Sequence) -> tuple[float, float]:
     Raises:
         ValueError: no two rows of one identity, or a single identity.
     """
-    features = check_features(features, "features")
+    features = check_values(check_features(features, "features"), "features")
     codes = joint_codes(ids, ids, "ids", (len(features),) * 2, features.device)[0]
     unit = torch.nn.functional.normalize(features.double(), dim=1, eps=1e-100).flatten(1) / features.shape[2] ** 0.5
     sums = torch.zeros(int(codes.max()) + 1, unit.shape[1], dtype=torch.float64, device=unit.device)

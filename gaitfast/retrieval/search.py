@@ -6,9 +6,11 @@ import operator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from gaitfast.retrieval import _ops
+from gaitfast.retrieval import _backends, _ops
 from gaitfast.retrieval._inputs import Exclusion, check_metric, check_pair, require
+from gaitfast.retrieval._shards import Shard
 
 
 def search(
@@ -18,8 +20,9 @@ def search(
     metric: str = "cosine",
     *,
     exclude: Any = None,
-    tile: int = _ops.DEFAULT_TILE,
+    tile: int | None = None,
     progress: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k nearest gallery items of every query.
 
@@ -34,9 +37,11 @@ def search(
             mean over parts of the Euclidean distance.
         exclude: gallery items that do not exist for a query: None, a bool mask (Q, G), or a pair `(query_codes,
             gallery_codes)` of strings or integers that excludes where they are equal, without a Q x G matrix.
-        tile: rows of each side that are held in float64 at a time. Memory beyond the inputs and the result is about
-            tile x (40 C P + 60 tile) bytes.
+        tile: queries of a step and gallery items of a block; by default what keeps the memory beyond inputs and result
+            below some 200 MiB. A gallery in a memory-mapped file (`open_features`) may be larger than memory.
         progress: draw a progress bar.
+        group: processes that call this together, each with the same queries and a run of the gallery, in the order of
+            their ranks. Each gets the whole result; gallery numbers, k and `exclude` are those of the whole gallery.
 
     Returns:
         distances float32 (Q, k), ascending, and indices int64 (Q, k). Where exclusions leave fewer than k items the
@@ -50,10 +55,15 @@ def search(
     queries, gallery = check_pair(queries, gallery)
     require(hasattr(k, "__index__") and not isinstance(k, bool), f"k: must be an integer, got {k!r}")
     k = operator.index(k)
-    require(1 <= k <= len(gallery), f"k: lies in 1..{len(gallery)} (the gallery's size), got {k}")
-    require(tile >= 1, f"tile: must be positive, got {tile}")
-    exclusion = Exclusion(exclude, (len(queries), len(gallery)), queries.device)
-    distances, indices = _ops.search(queries, gallery, k, metric, exclusion, tile, progress)
+    require(tile is None or tile >= 1, f"tile: must be positive, got {tile}")
+    shard = Shard(len(gallery), group)
+    shard.agree(queries=tuple(queries.shape), dtype=queries.dtype, metric=metric, k=k)
+    require(1 <= k <= shard.total, f"k: lies in 1..{shard.total} (the gallery's size), got {k}")
+    exclusion = Exclusion(exclude, (len(queries), shard.total), queries.device)
+    compiled = _backends.backend_of(queries.device, queries.dtype)[0] == "compiled"
+    compiled = compiled and _backends.few_neighbours(k, len(gallery))
+    problem = _ops.Problem(queries, gallery, metric, exclusion, tile=tile, shard=shard, compiled=compiled)
+    distances, indices = _ops.search(problem, k, progress)
     overflow = torch.isinf(distances) & (indices >= 0)
     require(
         not bool(overflow.any()), "queries and gallery: distances beyond the range of float32; rescale the features"

@@ -1,0 +1,173 @@
+#include "plane.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+
+namespace gaitfast::retrieval {
+namespace {
+
+// To the nearest integer, for |x| < 2^51: beyond it float64 has no digits after the point.
+GAITFAST_INLINE double nearest(double x) {
+  constexpr double kWhole = 0x1.8p52;
+  return (x + kWhole) - kWhole;
+}
+
+// The largest |x[i] weights[i % period]| per place of a chunk.
+template <bool kFma, class T>
+GAITFAST_INLINE void largest_body(const T* x, int64_t width, int64_t period, const double* weights, double* out) {
+  for (int64_t j = 0; j < period; ++j) out[j] = 0.0;
+  for (int64_t start = 0; start < width; start += period) {
+    const int64_t length = std::min(period, width - start);
+    for (int64_t j = 0; j < length; ++j) {
+      const double size = std::fabs(widen(x[start + j]) * weights[j]);
+      out[j] = out[j] > size ? out[j] : size;
+    }
+  }
+}
+
+GAITFAST_MULTIVERSION(template <class T>, largest,
+                      (Simd level, const T* x, int64_t width, int64_t period, const double* weights, double* out),
+                      (x, width, period, weights, out))
+
+// x[i] times `weights` is high + low / 254 + rest; sums of squares of the low values and of the rests per place.
+template <bool kFma, class T>
+GAITFAST_INLINE void split_row_body(const T* x, int64_t width, int64_t period, const double* weights, int8_t* high,
+                                    int8_t* low, double* low_squares, double* rest_squares) {
+  for (int64_t j = 0; j < period; ++j) low_squares[j] = rest_squares[j] = 0.0;
+  for (int64_t start = 0; start < width; start += period) {
+    const int64_t length = std::min(period, width - start);
+    for (int64_t j = 0; j < length; ++j) {
+      const double value = widen(x[start + j]) * weights[j];
+      const double whole = nearest(value), left = value - whole;
+      const double steps = nearest(left * kLowSteps), rest = left - steps * (1.0 / kLowSteps);
+      high[start + j] = static_cast<int8_t>(whole);
+      low[start + j] = static_cast<int8_t>(steps);
+      low_squares[j] += steps * steps;
+      rest_squares[j] += rest * rest;
+    }
+  }
+}
+
+GAITFAST_MULTIVERSION(template <class T>, split_row,
+                      (Simd level, const T* x, int64_t width, int64_t period, const double* weights, int8_t* high,
+                       int8_t* low, double* low_squares, double* rest_squares),
+                      (x, width, period, weights, high, low, low_squares, rest_squares))
+
+template <bool kFma, class T>
+GAITFAST_INLINE void weigh_row_body(const T* x, int64_t width, int64_t period, const double* weights, float* out) {
+  for (int64_t start = 0; start < width; start += period) {
+    const int64_t length = std::min(period, width - start);
+    for (int64_t j = 0; j < length; ++j) out[start + j] = static_cast<float>(widen(x[start + j]) * weights[j]);
+  }
+}
+
+GAITFAST_MULTIVERSION(template <class T>, weigh_row,
+                      (Simd level, const T* x, int64_t width, int64_t period, const double* weights, float* out),
+                      (x, width, period, weights, out))
+
+// A row in the order of its features, (C, P), to its places in the tiles. `row`: its number among the 16 of its group.
+void place(const int8_t* source, const Shape& shape, const Segments& segments, Side side, int64_t row, int64_t groups,
+           int8_t* group) {
+  const int64_t step = segments.count == 1 ? 1 : shape.parts;  // between the values of a segment
+  for (int64_t s = 0; s < segments.count; ++s) {
+    int8_t* tile = group + s * groups * segments.stride * kTileValues;
+    for (int64_t start = 0; start < segments.values; start += kTileDepth, tile += kTileValues) {
+      const int64_t length = std::min(kTileDepth, segments.values - start);
+      const int8_t* in = source + start * step + s;
+      int8_t line[kTileDepth] = {};
+      if (step == 1) {
+        std::memcpy(line, in, length);
+      } else {
+        for (int64_t k = 0; k < length; ++k) line[k] = in[k * step];
+      }
+      if (side == Side::gallery) {
+        std::memcpy(tile + row * kTileDepth, line, sizeof line);
+      } else {
+        for (int64_t k = 0; k < kTileDepth; k += 4) std::memcpy(tile + k * kTileRows + row * 4, line + k, 4);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void prefer_large_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be ignored
+#endif
+}
+
+Rows::Rows(Metric metric, const at::Tensor& features, const double* squares, double scale)
+    : features_(features),
+      shape_(shape_of("features", features)),
+      segments_(metric, shape_),
+      level_(simd()),
+      period_(period_of(shape_.parts)),
+      scale_(scale) {
+  if (metric == Metric::cosine) weights_ = cosine_weights(squares, shape_.rows, shape_.parts);
+}
+
+void Rows::weigh(int64_t row, double* weights) const {
+  for (int64_t j = 0; j < period_; ++j) {
+    weights[j] = weights_.empty() ? scale_ : weights_[row * shape_.parts + j % shape_.parts];
+  }
+}
+
+void Rows::to_tiles(int64_t first, int64_t count, Side side, int8_t* high, int8_t* low, Lengths* lengths) const {
+  const int64_t groups = padded_rows(count) / kTileRows, group_values = segments_.stride * kTileValues;
+  if (count % kRowsOfPanel) {
+    for (int8_t* plane : {high, low}) std::fill_n(plane, plane_values(segments_, count), int8_t{0});
+  }
+  std::vector<int8_t> row_high(shape_.width()), row_low(shape_.width());
+  std::vector<double> weights(period_), sizes(period_), low_squares(period_), rest_squares(period_);
+  const int64_t step = segments_.count == 1 ? 1 : shape_.parts;
+  GAITFAST_DISPATCH_FEATURES(features_.scalar_type(), "to_tiles", [&] {
+    for (int64_t i = 0; i < count; ++i) {
+      const scalar_t* x = features_.const_data_ptr<scalar_t>() + (first + i) * shape_.width();
+      Lengths* line = lengths + i * segments_.count;
+      weigh(first + i, weights.data());
+      largest(level_, x, shape_.width(), period_, weights.data(), sizes.data());
+      for (int64_t s = 0; s < segments_.count; ++s) {
+        double size = 1e-30;  // of a segment of zeros, and of what float32 could not hold: it stays in the rest
+        for (int64_t j = s; j < period_; j += step) size = std::max(size, sizes[j]);
+        line[s].unit = static_cast<float>(size / 127.0 * (1.0 + 1e-6));  // so that no value rounds to 128
+        for (int64_t j = s; j < period_; j += step) weights[j] /= line[s].unit;
+      }
+      split_row(level_, x, shape_.width(), period_, weights.data(), row_high.data(), row_low.data(),
+                low_squares.data(), rest_squares.data());
+      for (int64_t s = 0; s < segments_.count; ++s) {
+        double lows = 0.0, rests = 0.0;
+        for (int64_t j = s; j < period_; j += step) lows += low_squares[j], rests += rest_squares[j];
+        constexpr double kRound = 1.0 + 1e-6, kLeast = 1e-14;  // float64 itself is off by 1e-15 of a length of at most 1
+        line[s].low = static_cast<float>(line[s].unit * std::sqrt(lows) / kLowSteps * kRound + kLeast);
+        line[s].rest = static_cast<float>(line[s].unit * std::sqrt(rests) * kRound + kLeast);
+      }
+      const int64_t offset = i / kTileRows * group_values;
+      place(row_high.data(), shape_, segments_, side, i % kTileRows, groups, high + offset);
+      place(row_low.data(), shape_, segments_, side, i % kTileRows, groups, low + offset);
+    }
+  });
+}
+
+void Rows::to_floats(int64_t first, int64_t count, float* out) const {
+  std::vector<float> values(shape_.width());
+  std::vector<double> weights(period_);
+  const int64_t step = segments_.count == 1 ? 1 : shape_.parts;
+  GAITFAST_DISPATCH_FEATURES(features_.scalar_type(), "to_floats", [&] {
+    for (int64_t i = 0; i < count; ++i) {
+      const scalar_t* x = features_.const_data_ptr<scalar_t>() + (first + i) * shape_.width();
+      weigh(first + i, weights.data());
+      weigh_row(level_, x, shape_.width(), period_, weights.data(), values.data());
+      for (int64_t s = 0; s < segments_.count; ++s) {
+        float* line = out + (s * count + i) * segments_.values;
+        for (int64_t k = 0; k < segments_.values; ++k) line[k] = values[k * step + s];
+      }
+    }
+  });
+}
+
+}  // namespace gaitfast::retrieval

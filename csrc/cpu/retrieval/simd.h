@@ -1,0 +1,64 @@
+// Which vector instructions run, decided once per call: the code is compiled for all of them, whatever the builder's CPU.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GAITFAST_X86 1
+#define GAITFAST_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define GAITFAST_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define GAITFAST_TARGET_AMX \
+  __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#else
+#define GAITFAST_X86 0
+#endif
+#define GAITFAST_INLINE __attribute__((always_inline)) inline
+
+namespace gaitfast::retrieval {
+
+enum class Simd { generic, avx2, avx512, amx };
+
+// The best that CPU and operating system offer, capped by GAITFAST_CPU=generic|avx2|avx512|amx (for tests and for
+// measuring). Any other value of the variable is an error.
+Simd simd();
+
+// Defines `name`, whose first parameter is `Simd level`: it runs name_body<use_fma> with `args`, compiled for the
+// instructions of that level.
+#if GAITFAST_X86
+#define GAITFAST_MULTIVERSION(prefix, name, params, args)                                        \
+  prefix GAITFAST_TARGET_AVX512 inline void name##_avx512 params { name##_body<true> args; }     \
+  prefix GAITFAST_TARGET_AVX2 inline void name##_avx2 params { name##_body<true> args; }         \
+  prefix inline void name##_generic params { name##_body<false> args; }                          \
+  prefix inline void name params {                                                               \
+    if (level == Simd::generic) {                                                                \
+      name##_generic GAITFAST_WITH_LEVEL args;                                                   \
+    } else if (level == Simd::avx2) {                                                            \
+      name##_avx2 GAITFAST_WITH_LEVEL args;                                                      \
+    } else {                                                                                     \
+      name##_avx512 GAITFAST_WITH_LEVEL args;                                                    \
+    }                                                                                            \
+  }
+#else
+#define GAITFAST_MULTIVERSION(prefix, name, params, args) \
+  prefix inline void name params { name##_body<false> args; }
+#endif
+#define GAITFAST_WITH_LEVEL(...) (level, __VA_ARGS__)
+
+// Sixteen lanes on any CPU: the compiler splits them where registers are narrower.
+typedef float Floats __attribute__((vector_size(64)));
+typedef float UnalignedFloats __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef int32_t UnalignedInts __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t kLanes = 16;
+
+GAITFAST_INLINE Floats load(const float* x) { return *reinterpret_cast<const UnalignedFloats*>(x); }
+GAITFAST_INLINE Ints load(const int32_t* x) { return *reinterpret_cast<const UnalignedInts*>(x); }
+GAITFAST_INLINE void store(Ints values, int32_t* x) { *reinterpret_cast<UnalignedInts*>(x) = values; }
+
+GAITFAST_INLINE bool any(Ints lanes) {
+  int32_t all = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) all |= lanes[lane];
+  return all != 0;
+}
+
+}  // namespace gaitfast::retrieval
