@@ -12,8 +12,6 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = ["gaitfast", "gaitfast.kernels", "gaitfast.kernels.triton_ops"] + [
     f"gaitfast.{folder.name}" for folder in sorted((ROOT / "gaitfast").iterdir()) if (folder / "__init__.py").exists()
 ]
-ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
-"""What `gaitfast export --format onnx` needs; without onnxruntime it cannot check what it wrote."""
 
 
 def extension() -> dict:
@@ -70,9 +68,19 @@ setup(
         "tensorboard>=2.14",
     ],
     extras_require={
-        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "ninja", "triton>=3.6", *ONNX],
+        "dev": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "ninja",
+            "triton>=3.6",
+            "onnx>=1.17",
+            "onnxscript>=0.5",
+            "onnxruntime>=1.20",
+        ],
         "gpu": ["triton>=3.6"],
-        "onnx": ONNX,
+        "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "bench": ["faiss-cpu>=1.8"],
     },
     entry_points={"console_scripts": ["gaitfast=gaitfast.cli:main"]},
