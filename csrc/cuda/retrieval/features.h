@@ -146,23 +146,31 @@ struct ExactSums {
   }
 };
 
-// distances (n) from sums (n, terms, P), which are overwritten.
-struct ExactDistances {
+// The cosine or the Euclidean distance of each part, in the place of its first sum: sums (n, terms, P).
+struct ExactParts {
+  Double* sums;
+  int64_t parts, terms;
+
+  GAITFAST_BOTH void operator()(int64_t index) const {
+    Double* own = sums + index / parts * terms * parts + index % parts;
+    if (terms == 1) {
+      *own = square_root(*own);
+      return;
+    }
+    const Double norms = multiply(own[0], own[parts]);
+    // A part of zeros: its product is 0 as well.
+    *own = divide(own[2 * parts], norms.high == 0.0 ? Double{1.0, 0.0} : square_root(norms));
+  }
+};
+
+// distances (n) from what ExactParts leaves, which is overwritten.
+struct ExactMeans {
   Double* sums;
   int64_t parts, terms;
   double* distances;
 
   GAITFAST_BOTH void operator()(int64_t pair) const {
     Double* own = sums + pair * terms * parts;
-    for (int64_t part = 0; part < parts; ++part) {
-      if (terms == 1) {
-        own[part] = square_root(own[part]);
-        continue;
-      }
-      Double norms = multiply(own[part], own[parts + part]);
-      if (norms.high == 0.0) norms = {1.0, 0.0};  // a part of zeros: its product is 0 as well
-      own[part] = divide(own[2 * parts + part], square_root(norms));
-    }
     for (int64_t length = parts; length > 1; length = (length + 1) / 2) {
       const int64_t half = length / 2;
       for (int64_t i = 0; i < half; ++i) own[i] = add(own[i], own[half + i]);

@@ -134,7 +134,8 @@ Tensor exact_distances(const Problem& problem, const Tensor& rows, const Tensor&
         run(ExactSums{data(sums), parts, levels, data(next)}, next.size(0));
         sums = next;
       }
-      run(ExactDistances{data(sums), parts, terms, distances.mutable_data_ptr<double>() + first}, count);
+      run(ExactParts{data(sums), parts, terms}, count * parts);
+      run(ExactMeans{data(sums), parts, terms, distances.mutable_data_ptr<double>() + first}, count);
     });
   });
   return distances;
