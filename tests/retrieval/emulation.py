@@ -33,6 +33,8 @@ def load(folder):
     schema = torch.library.Library("gaitfast_emulated", "DEF")
     for name in NAMES:
         schema.define(str(getattr(torch.ops.gaitfast, name).default._schema).removeprefix("gaitfast::"))
+    sides = "Tensor queries, Tensor query_squares, Tensor gallery, Tensor gallery_squares, Tensor plane, Tensor lengths"
+    schema.define(f"score_bounds({sides}, str metric, float scale) -> (Tensor near, Tensor far)")
     torch.ops.load_library(library)
     operators = torch.ops.gaitfast_emulated
     operators.schema = schema  # the schema lives as long as its library object

@@ -131,6 +131,22 @@ def test_the_emulated_planes_hold_what_their_lengths_say(emulated, kind, metric)
     assert bool((rest <= unit * (0.5 / 254) * depth**0.5 * (1 + 1e-5) + 1e-13).all())  # tight: half a step each
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", FLOATS)
+def test_the_emulated_bounds_hold_the_scores(emulated, kind, metric):
+    for sizes in ((70, 90, 37, 3), (9, 70, 300, 1)):
+        asked = question(kind, metric, 2, sizes)
+        sides = [x for side in (asked.queries, asked.gallery) for x in (side, emulated.part_squares(side))]
+        plane = emulated.gallery_plane(*sides[2:], metric, asked.scale)
+        near, far = (x.double() for x in emulated.score_bounds(*sides, *plane, metric, asked.scale))
+        rows, items = (x.T.reshape(-1) for x in torch.meshgrid(*(torch.arange(n) for n in sizes[:2]), indexing="ij"))
+        distance = emulated.pair_distances(*sides, rows, items, metric, True).view_as(near)
+        score = 1.0 - distance if metric == "cosine" else -distance * asked.scale
+        assert bool((far <= score).all()) and bool((score <= near).all())
+        if kind == "normal":  # and tell nearly all apart
+            assert float((near - far).max()) < 5e-4 < float(score.std())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", FLOATS)
