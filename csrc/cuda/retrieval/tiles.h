@@ -12,6 +12,16 @@ constexpr float kFloatUnit = 0x1p-24f;
 constexpr float kSpare = 1.01f;              // for the rounding of the bounds themselves
 constexpr float kAlways = -0x1.fffffep127f;  // above the score of an excluded item, below any other
 
+static_assert(kTileItems * kQueriesOfBlock <= INT32_MAX);
+
+// Row and column of a place of the tile: in 32 bits, whose division is several times faster.
+struct Place {
+  uint32_t item, query;
+  GAITFAST_BOTH Place(int64_t index, int64_t columns)
+      : item(static_cast<uint32_t>(index) / static_cast<uint32_t>(columns)),
+        query(static_cast<uint32_t>(index) - item * static_cast<uint32_t>(columns)) {}
+};
+
 // --- scores ----------------------------------------------------------------------------------------------------------
 
 // products = high + cross / 254, or added to them where the depth goes on.
@@ -35,7 +45,8 @@ struct CosineBounds {
   float *near, *far;
 
   GAITFAST_BOTH void operator()(int64_t index) const {
-    const Lengths item = items[index / columns], query = queries[index % columns];
+    const Place place(index, columns);
+    const Lengths item = items[place.item], query = queries[place.query];
     const float left_out = item.rest + query.rest + 0.5f * (item.low * item.low + query.low * query.low) + rounding;
     const float error = kSpare * left_out + 8.0f * kFloatUnit, score = products[index] * (item.unit * query.unit);
     near[index] = score + error;
@@ -58,7 +69,8 @@ struct EuclideanBounds {
   float *near, *far;
 
   GAITFAST_BOTH void operator()(int64_t index) const {
-    const int64_t i = index / columns * parts + part, q = index % columns * parts + part;
+    const Place place(index, columns);
+    const int64_t i = place.item * parts + part, q = place.query * parts + part;
     const Lengths item = items.lengths[i], query = queries.lengths[q];
     const float item_root = items.roots[i], query_root = queries.roots[q];
     const float both = items.squares[i] + queries.squares[q];
@@ -132,9 +144,9 @@ struct SelectItems {
   Lists lists;
 
   GAITFAST_BOTH void operator()(int64_t index) const {
-    const int64_t query = index % columns;
-    if (query < queries && near[index] >= thresholds[query]) {
-      lists.push(query, near[index], far[index], first + static_cast<int32_t>(index / columns));
+    const Place place(index, columns);
+    if (place.query < queries && near[index] >= thresholds[place.query]) {
+      lists.push(place.query, near[index], far[index], first + static_cast<int32_t>(place.item));
     }
   }
 };
