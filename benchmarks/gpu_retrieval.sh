@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, nvcc and PyTorch for CUDA: builds the operators in place, asks them what the CPU is asked, and
-# asks again under compute-sanitizer where there is one. PYTHON: the interpreter. Ends with 0 when all is well.
+# On a machine with a GPU, nvcc and PyTorch for CUDA: builds the operators in place, asks them what the CPU is asked,
+# and asks again under compute-sanitizer where there is one. PYTHON: the interpreter. Ends with 0 when all is well.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

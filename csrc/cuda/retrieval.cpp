@@ -1,7 +1,7 @@
 // torch.ops.gaitfast: exact retrieval on a CUDA device. What an operator takes and returns stands in ../library.cpp.
 //
-// As on the CPU, int8 products (here at::_int_mm) with a bound filter, float64 decides nearly all that is left, and twice
-// float64's precision decides ties; so the answers are the CPU's, whatever the order in which threads come.
+// As on the CPU, int8 products (here at::_int_mm) with a bound filter, float64 decides nearly all that is left, and
+// twice float64's precision decides ties; so the answers are the CPU's, in whatever order threads come.
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -36,7 +36,8 @@ void check_planes(const Problem& problem, const Planes& given) {
                   given.planes.size(2) == planes.size(2) && given.planes.scalar_type() == at::kChar &&
                   given.planes.is_contiguous() && given.lengths.dim() == 3 &&
                   given.lengths.size(0) == gallery.count() && given.lengths.size(1) == planes.size(0) &&
-                  given.lengths.size(2) == 3 && given.lengths.scalar_type() == at::kFloat && given.lengths.is_contiguous(),
+                  given.lengths.size(2) == 3 && given.lengths.scalar_type() == at::kFloat &&
+                  given.lengths.is_contiguous(),
               "plane: does not belong to this gallery and metric");
 }
 
@@ -88,8 +89,8 @@ std::tuple<Tensor, Tensor> count_before_op(const Tensor& queries, const Tensor& 
 }
 
 Tensor pair_distances_op(const Tensor& queries, const Tensor& query_squares, const Tensor& gallery,
-                         const Tensor& gallery_squares, const Tensor& rows, const Tensor& items, c10::string_view metric,
-                         bool exact) {
+                         const Tensor& gallery_squares, const Tensor& rows, const Tensor& items,
+                         c10::string_view metric, bool exact) {
   const c10::cuda::CUDAGuard guard(queries.device());
   const Problem problem(queries, query_squares, gallery, gallery_squares, metric, 1.0);
   TORCH_CHECK(rows.dim() == 1 && rows.sizes() == items.sizes() && rows.scalar_type() == at::kLong &&

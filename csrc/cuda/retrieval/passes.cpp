@@ -35,7 +35,8 @@ std::pair<Tensor, Tensor> settle(const Problem& problem, int64_t first, Tensor i
   Tensor distances = quick_distances(problem, rows, items.contiguous()).view({queries, count});
   order(distances, items);
   const Tensor open = at::empty({queries * count}, items.options().dtype(at::kBool));
-  run(MarkOpen{distances.const_data_ptr<double>(), count, problem.measure, open.mutable_data_ptr<bool>()}, open.numel());
+  run(MarkOpen{distances.const_data_ptr<double>(), count, problem.measure, open.mutable_data_ptr<bool>()},
+      open.numel());
   const Tensor places = at::nonzero(open).view(-1);
   if (places.numel() > 0) {
     const Tensor exact = exact_distances(problem, rows.index_select(0, places), items.view(-1).index_select(0, places));
@@ -171,7 +172,8 @@ class Counter {
     const int64_t total = ends[-1].item<int64_t>();
     for (int64_t start = 0; start < total; start += kPairsTogether) {
       const int64_t pairs = std::min(kPairsTogether, total - start);
-      const Tensor owners = at::empty({pairs}, whole), rows = at::empty({pairs}, whole), others = at::empty({pairs}, whole);
+      const Tensor owners = at::empty({pairs}, whole), rows = at::empty({pairs}, whole);
+      const Tensor others = at::empty({pairs}, whole);
       run(ListUndecided{tile, ends.const_data_ptr<int64_t>(), undecided.const_data_ptr<int64_t>(), start, start + pairs,
                         owners.mutable_data_ptr<int64_t>(), rows.mutable_data_ptr<int64_t>(),
                         others.mutable_data_ptr<int64_t>()},

@@ -37,7 +37,8 @@ Side::Side(const char* name, const Tensor& features, const Tensor& squares) : fe
   TORCH_CHECK(features.dim() == 3 && features.is_contiguous(), name, ": must be contiguous (N, C, P)");
   TORCH_CHECK(features.size(1) > 0 && features.size(2) > 0, name, ": holds no values");
   TORCH_CHECK(squares.dim() == 2 && squares.size(0) == features.size(0) && squares.size(1) == features.size(2) &&
-                  squares.scalar_type() == at::kDouble && squares.is_contiguous() && squares.device() == features.device(),
+                  squares.scalar_type() == at::kDouble && squares.is_contiguous() &&
+                  squares.device() == features.device(),
               name, ": sums of squares must be contiguous float64 (N, P)");
 }
 
@@ -86,7 +87,8 @@ Planes make_planes(const Side& side, bool cosine, double scale, bool swapped) {
       auto* own = reinterpret_cast<Lengths*>(lengths.mutable_data_ptr<float>()) + first * segments;
       run(LargestValues<T>{rows, low}, count * side.lanes());
       run(SegmentUnits{low, side.lanes(), segments, own}, count * segments);
-      run(SplitRows<T>{rows, own, planes.mutable_data_ptr<int8_t>() + first * 2 * depth, low, rest}, count * side.lanes());
+      run(SplitRows<T>{rows, own, planes.mutable_data_ptr<int8_t>() + first * 2 * depth, low, rest},
+          count * side.lanes());
       run(SegmentLengths{low, rest, side.lanes(), segments, own}, count * segments);
     });
   });
@@ -124,8 +126,8 @@ Tensor exact_distances(const Problem& problem, const Tensor& rows, const Tensor&
     const auto* y = static_cast<decltype(x)>(problem.gallery.features.const_data_ptr());
     in_pieces(rows.numel(), terms * parts * leaves.last(), [&](int64_t first, int64_t count) {
       Tensor sums = doubles(count * terms * leaves.last() * parts);
-      run(ExactLeaves<std::decay_t<decltype(*x)>>{x, y, rows.const_data_ptr<int64_t>() + first,
-                                                  items.const_data_ptr<int64_t>() + first, parts, terms, leaves, data(sums)},
+      const int64_t *row = rows.const_data_ptr<int64_t>() + first, *item = items.const_data_ptr<int64_t>() + first;
+      run(ExactLeaves<std::decay_t<decltype(*x)>>{x, y, row, item, parts, terms, leaves, data(sums)},
           sums.size(0));
       for (int64_t left = leaves.last(); left > 1;) {
         const Levels levels(left);
@@ -194,12 +196,13 @@ void Block::compute(int64_t first, int64_t items, const Excluded& excluded) {
     } else {
       const PartSizes item{item_lengths, squares_.const_data_ptr<float>() + first * parts,
                            roots_.const_data_ptr<float>() + first * parts};
-      const PartSizes query{query_lengths, query_squares_.const_data_ptr<float>(), query_roots_.const_data_ptr<float>()};
+      const PartSizes query{query_lengths, query_squares_.const_data_ptr<float>(),
+                            query_roots_.const_data_ptr<float>()};
       run(EuclideanBounds{products, item, query, columns_, segment, parts, rounding_, near, far}, items * columns_);
     }
   }
-  run(Exclude{excluded.offsets.const_data_ptr<int64_t>() + first_, excluded.items.const_data_ptr<int64_t>(), first, items,
-              columns_, near, far},
+  run(Exclude{excluded.offsets.const_data_ptr<int64_t>() + first_, excluded.items.const_data_ptr<int64_t>(), first,
+              items, columns_, near, far},
       excluded.items.numel() > 0 ? count_ * kSharers : 0);
 }
 

@@ -1,4 +1,4 @@
-// What is done with a tile of scores, one index at a time: bounds, lists of candidates, counts, and what they leave open.
+// What is done with a tile of scores, one index at a time: bounds, lists of candidates, counts, and what is left open.
 //
 // A tile holds gallery items [first, first + items) in its rows and the queries of a block in its columns, padded to
 // `columns`. The true score of item i for query q lies in [far[i, q], near[i, q]]; both are -inf where it is excluded.
@@ -208,8 +208,8 @@ struct MarkOpen {
 
 // --- what comes before a positive ------------------------------------------------------------------------------------
 
-// Positives (n) of a block's queries: item items[i] (any number outside of the gallery if it lies elsewhere) at distance
-// distances[i] from query rows[i].
+// Positives (n) of a block's queries: item items[i] (any number outside of the gallery if it lies elsewhere) at
+// distance distances[i] from query rows[i].
 struct Positives {
   const int64_t *rows, *items;
   const double* distances;
