@@ -29,7 +29,9 @@ def extension() -> dict:
     rounding = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     flags = {"cxx": ["-O3", "-std=c++20", "-Wall", "-Wno-psabi", *rounding]}
     cuda = torch.version.cuda is not None and CUDA_HOME is not None
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
+    cuda_sources = sorted(
+        str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").rglob("*") if p.suffix in (".cpp", ".cu")
+    )
     if cuda and cuda_sources:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
         kind, sources, flags["nvcc"] = CUDAExtension, sources + cuda_sources, ["-O3", "-std=c++20"]
