@@ -30,7 +30,7 @@ SECONDS = 525
 
 
 class Part(NamedTuple):
-    """A program to run; {seconds} in its arguments is what it may take, {json} a file for its rows."""
+    """A Python or shell program to run; {seconds} in its arguments is what it may take, {json} a file for its rows."""
 
     name: str
     most: int
@@ -47,6 +47,7 @@ PARTS = (
     Part("kernels", 90, ("-m", "benchmarks.kernels", "--full", "--budget", "{seconds}", "--json", "{json}")),
     Part("denoiser", 170, ("-m", "benchmarks.denoiser", "--full", "--json", "{json}")),
     Part("other tests", 40, ("-m", "pytest", "-m", "gpu", "--ignore=tests/kernels", "--continue-on-collection-errors")),
+    Part("memory accesses", 90, ("benchmarks/gpu_retrieval.sh",)),
     Part("sweep", 300, ("-m", "benchmarks.sweep", "--budget", "{seconds}", "--json", "{json}")),
 )
 """In the order of their worth, but for the build, which comes first because the others may use it."""
@@ -59,14 +60,15 @@ def run(part: Part, seconds: float) -> dict:
         # What a part does after its own budget, a last row or a table, must fit as well.
         values = {"seconds": str(int(seconds * 0.8)), "json": str(rows)}
         arguments = [a.format(**values) if a.startswith("{") else a for a in part.arguments]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MAX_JOBS": str(os.cpu_count())}
+        program = "bash" if arguments[0].endswith(".sh") else sys.executable
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MAX_JOBS": str(os.cpu_count()), "PYTHON": sys.executable}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         for name in ("GAITFAST_BACKEND", "TRITON_INTERPRET"):
             environment.pop(name, None)
         started = time.perf_counter()
         try:
             done = subprocess.run(
-                [sys.executable, *arguments],
+                [program, *arguments],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
