@@ -7,9 +7,9 @@
 namespace gaitfast::retrieval {
 namespace {
 
-// To the nearest integer, for |x| < 2^51: beyond it float64 has no digits after the point.
-GAITFAST_INLINE double nearest(double x) {
-  constexpr double kWhole = 0x1.8p52;
+// To the nearest integer, for |x| < 2^22: beyond it float32 has no digits after the point.
+GAITFAST_INLINE float nearest(float x) {
+  constexpr float kWhole = 0x1.8p23f;
   return (x + kWhole) - kWhole;
 }
 
@@ -33,16 +33,18 @@ GAITFAST_MULTIVERSION(template <class T>, largest,
 // x[i] times `weights` is high + low / 254 + rest; sums of squares of the low values and of the rests per place.
 template <bool kFma, class T>
 GAITFAST_INLINE void split_row_body(const T* x, int64_t width, int64_t period, const double* weights, int8_t* high,
-                                    int8_t* low, double* low_squares, double* rest_squares) {
-  for (int64_t j = 0; j < period; ++j) low_squares[j] = rest_squares[j] = 0.0;
+                                    int8_t* low, float* low_squares, float* rest_squares) {
+  constexpr float kSteps = static_cast<float>(kLowSteps), kStep = 1.0f / kSteps;
+  for (int64_t j = 0; j < period; ++j) low_squares[j] = rest_squares[j] = 0.0f;
   for (int64_t start = 0; start < width; start += period) {
     const int64_t length = std::min(period, width - start);
     for (int64_t j = 0; j < length; ++j) {
-      const double value = widen(x[start + j]) * weights[j];
-      const double whole = nearest(value), left = value - whole;
-      const double steps = nearest(left * kLowSteps), rest = left - steps * (1.0 / kLowSteps);
-      high[start + j] = static_cast<int8_t>(whole);
-      low[start + j] = static_cast<int8_t>(steps);
+      // The weight may be far from 1, for features that are denormal or huge; what follows stays within 127.
+      const float value = static_cast<float>(widen(x[start + j]) * weights[j]);
+      const float whole = nearest(value), left = value - whole;
+      const float steps = nearest(left * kSteps), rest = left - steps * kStep;
+      high[start + j] = static_cast<int8_t>(static_cast<int32_t>(whole));
+      low[start + j] = static_cast<int8_t>(static_cast<int32_t>(steps));
       low_squares[j] += steps * steps;
       rest_squares[j] += rest * rest;
     }
@@ -51,7 +53,7 @@ GAITFAST_INLINE void split_row_body(const T* x, int64_t width, int64_t period, c
 
 GAITFAST_MULTIVERSION(template <class T>, split_row,
                       (Simd level, const T* x, int64_t width, int64_t period, const double* weights, int8_t* high,
-                       int8_t* low, double* low_squares, double* rest_squares),
+                       int8_t* low, float* low_squares, float* rest_squares),
                       (x, width, period, weights, high, low, low_squares, rest_squares))
 
 template <bool kFma, class T>
@@ -123,7 +125,8 @@ void Rows::to_tiles(int64_t first, int64_t count, Side side, int8_t* high, int8_
     for (int8_t* plane : {high, low}) std::fill_n(plane, plane_values(segments_, count), int8_t{0});
   }
   std::vector<int8_t> row_high(shape_.width()), row_low(shape_.width());
-  std::vector<double> weights(period_), sizes(period_), low_squares(period_), rest_squares(period_);
+  std::vector<double> weights(period_), sizes(period_);
+  std::vector<float> low_squares(period_), rest_squares(period_);
   const int64_t step = segments_.count == 1 ? 1 : shape_.parts;
   GAITFAST_DISPATCH_FEATURES(features_.scalar_type(), "to_tiles", [&] {
     for (int64_t i = 0; i < count; ++i) {
@@ -142,9 +145,11 @@ void Rows::to_tiles(int64_t first, int64_t count, Side side, int8_t* high, int8_
       for (int64_t s = 0; s < segments_.count; ++s) {
         double lows = 0.0, rests = 0.0;
         for (int64_t j = s; j < period_; j += step) lows += low_squares[j], rests += rest_squares[j];
-        constexpr double kRound = 1.0 + 1e-6, kLeast = 1e-14;  // float64 itself is off by 1e-15 of a length of at most 1
-        line[s].low = static_cast<float>(line[s].unit * std::sqrt(lows) / kLowSteps * kRound + kLeast);
-        line[s].rest = static_cast<float>(line[s].unit * std::sqrt(rests) * kRound + kLeast);
+        // Values are rounded to float32 first, 2^-24 of a length of at most 1; the sums of squares are in float32 too.
+        constexpr double kLeast = 0x1p-22;
+        const double round_up = 1.0 + 1e-5 + (shape_.width() / period_ + 1) * 0x1p-24;
+        line[s].low = static_cast<float>(line[s].unit * std::sqrt(lows) / kLowSteps * round_up + kLeast);
+        line[s].rest = static_cast<float>(line[s].unit * std::sqrt(rests) * round_up + kLeast);
       }
       const int64_t offset = i / kTileRows * group_values;
       place(row_high.data(), shape_, segments_, side, i % kTileRows, groups, high + offset);
