@@ -242,9 +242,10 @@ def test_files_of_another_model_are_refused(tmp_path, capsys):
 
 
 def test_bad_places_are_refused(tmp_path, capsys):
-    source = save(tmp_path, trained("gaitset", "gait3d", None), None)
+    source, folder = save(tmp_path, trained("gaitset", "gait3d", None), None), tmp_path / "folder"
+    folder.mkdir()
     for out, reason in (
-        (tmp_path, "is a folder"),
+        (folder, "is a folder"),
         (tmp_path / "nowhere" / "out.pt", "create it first"),
         (source, "is the checkpoint itself"),
     ):
