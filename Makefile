@@ -5,7 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.gaitfast-ready
 SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: demo test test-gpu lint format setup clean
+RESULTS ?= benchmarks/results
+
+.PHONY: demo test test-gpu gpu-report lint format setup clean
 
 setup: $(STAMP)
 
@@ -40,6 +42,11 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# On a machine with a GPU and PyTorch, with no network: no virtual environment, nothing installed. Packages that are
+# missing there may lie in a folder on PYTHONPATH. Nine minutes at most; two files in RESULTS.
+gpu-report:
+	$(PYTHON) -m benchmarks.gpu_report --folder $(RESULTS) --commit "$(COMMIT)"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

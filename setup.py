@@ -9,11 +9,9 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ["gaitfast", "gaitfast.kernels"] + [
+PACKAGES = ["gaitfast", "gaitfast.kernels", "gaitfast.kernels.triton_ops"] + [
     f"gaitfast.{folder.name}" for folder in sorted((ROOT / "gaitfast").iterdir()) if (folder / "__init__.py").exists()
 ]
-ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
-"""What `gaitfast export --format onnx` needs; without onnxruntime it cannot check what it wrote."""
 
 
 def extension() -> dict:
@@ -31,7 +29,9 @@ def extension() -> dict:
     rounding = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     flags = {"cxx": ["-O3", "-std=c++20", "-Wall", "-Wno-psabi", *rounding]}
     cuda = torch.version.cuda is not None and CUDA_HOME is not None
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
+    cuda_sources = sorted(
+        str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").rglob("*") if p.suffix in (".cpp", ".cu")
+    )
     if cuda and cuda_sources:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
         kind, sources, flags["nvcc"] = CUDAExtension, sources + cuda_sources, ["-O3", "-std=c++20"]
@@ -70,9 +70,19 @@ setup(
         "tensorboard>=2.14",
     ],
     extras_require={
-        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "ninja", *ONNX],
-        "gpu": ["triton>=3.2"],
-        "onnx": ONNX,
+        "dev": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "ninja",
+            "triton>=3.6",
+            "onnx>=1.17",
+            "onnxscript>=0.5",
+            "onnxruntime>=1.20",
+        ],
+        "gpu": ["triton>=3.6"],
+        "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "bench": ["faiss-cpu>=1.8"],
     },
     entry_points={"console_scripts": ["gaitfast=gaitfast.cli:main"]},

@@ -31,6 +31,7 @@ Body = Callable[[], object]
 
 def graph_of(bodies: Sequence[Body], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     """All bodies one after another as one graph; each has run twice before."""
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for _ in range(2):
             for body in bodies:

@@ -62,7 +62,11 @@ PACKAGES = (
     Package("tqdm", "4.66", "tqdm", "progress"),
     Package("matplotlib", "3.8", "matplotlib", "reports"),
     Package("tensorboard", "2.14", "tensorboard", "training curves"),
-    Package("triton", "3.2", "triton", "fused kernels, with a GPU only", needed=False),
+    Package("triton", "3.6", "triton", "fused kernels on a GPU, their tests on any machine", needed=False),
+    Package("onnx", "1.17", "onnx", "gaitfast export --format onnx", needed=False),
+    Package("onnxscript", "0.5", "onnxscript", "gaitfast export --format onnx", needed=False),
+    Package("onnxruntime", "1.20", "onnxruntime", "checking an exported graph", needed=False),
+    Package("faiss-cpu", "1.8", "faiss", "python -m benchmarks.retrieval", needed=False),
     Package("pytest", "8.0", "pytest", "tests", needed=False),
     Package("ruff", "0.6", "ruff", "lint", needed=False),
     Package("ninja", "", "ninja", "building the extension", needed=False),
@@ -269,13 +273,17 @@ def _ops(torch: Any) -> list[Check]:
     for name, operators, plain in (
         ("frame decoding", {"inflate_frames", "chunk_crc32"}, "lz4"),
         ("part augmentation", {"part_ops_"}, "opencv"),
-        ("retrieval", {"search"}, "pytorch"),
+        ("retrieval", {"search_gallery", "count_before"}, "pytorch"),
     ):
         if operators <= compiled.keys():
             devices = " and ".join(sorted(set.intersection(*(compiled[o] for o in operators))))
             checks.append(Check(name, OK, f"{'compiled':<10} gaitfast._C has it for {devices}"))
         else:
             checks.append(Check(name, OK, f"{plain:<10} gaitfast._C does not have it"))
+    if "uses_tile_unit" in compiled:
+        tiles = torch.ops.gaitfast.uses_tile_unit()
+        filtering = ("int8 tiles", "AMX is here") if tiles else ("float32", "no AMX here, or GAITFAST_CPU forbids it")
+        checks.append(Check("retrieval filter", OK, "{:<10} {}".format(*filtering)))
     device = "gpu" if torch.cuda.is_available() else "cpu"
     checks.append(Check("DALI pipeline", OK, f"{device:<10} {'a' if device == 'gpu' else 'no'} CUDA device is visible"))
     return checks

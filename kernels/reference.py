@@ -52,8 +52,8 @@ def temporal_attention(qkv: Tensor, bias: Tensor, rotation: Tensor, heads: int) 
     dim_head = width // heads
     # An interleaved pair of features is a complex number, and turning it by its angle is a product with cos + i sin.
     # The scale of the queries rides along, so that queries and keys take one pass together.
-    scale = torch.tensor((dim_head**-0.5, 1.0), dtype=rotation.dtype, device=qkv.device)
-    turn = torch.view_as_complex(rotation)[:, None, None] * scale[:, None, None]
+    turn = torch.view_as_complex(rotation)
+    turn = torch.stack((turn * dim_head**-0.5, turn), dim=1)[:, :, None]
     turn = turn.expand(-1, -1, heads, -1).reshape(frames, 1, width)
     turned, values = qkv.split((2 * width, width), dim=-1)
     pairs = torch.view_as_complex(turned.to(rotation.dtype).unflatten(-1, (-1, 2)))

@@ -4,10 +4,29 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from gaitfast.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config) -> None:
+    """Import Triton's kernels here, interpreted unless this run is for a GPU.
+
+    Triton reads TRITON_INTERPRET once, when it is imported. The variable goes away again, so that programs which tests
+    start do not inherit it.
+    """
+    if torch.cuda.is_available() and "not gpu" not in config.option.markexpr:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        from gaitfast.kernels import triton_ops
+
+        # The first launch imports more of Triton.
+        triton_ops.MODULES["layer_norm"].run(torch.ones(1, 16), torch.ones(16), 1e-5)
+    finally:
+        del os.environ["TRITON_INTERPRET"]
 
 
 def run_command(*arguments) -> int:

@@ -17,7 +17,8 @@ from gaitfast.retrieval import _fakes, _reference
 from gaitfast.retrieval._inputs import Exclusion, check_values, require_finite
 
 _COMPILED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PLANE_BYTES = 160 << 20  # of what is prepared of a gallery at a time
+_PLANE_BYTES = 200 << 20  # of what is prepared of a gallery at a time
+Prepared = tuple[torch.Tensor, ...]
 _MANY_NEIGHBOURS = 8  # beyond an eighth of the gallery, products in float64 cost less than pairs looked at one by one
 
 
@@ -59,8 +60,18 @@ def backend_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 class ReferenceBlock:
     """Gallery items [first, first + size) in plain PyTorch."""
 
-    def __init__(self, queries: torch.Tensor, gallery: torch.Tensor, first: int, size: int, metric: str) -> None:
-        self.queries, self.metric, self.first, self.size = queries, metric, first, size
+    @staticmethod
+    def prepare(queries: torch.Tensor) -> Prepared:
+        """What every block takes of the queries. RetrievalError for values that are no numbers."""
+        return (check_values(queries, "queries"),)
+
+    @staticmethod
+    def most_items(gallery: torch.Tensor) -> int:
+        """Items of a block, so that what is prepared of them stays within bounds."""
+        return len(gallery)
+
+    def __init__(self, queries: Prepared, gallery: torch.Tensor, first: int, size: int, metric: str) -> None:
+        (self.queries,), self.metric, self.first, self.size = queries, metric, first, size
         self.items = check_values(gallery[first : first + size], "gallery", first)
 
     def search(self, rows: slice, k: int, exclusion: Exclusion, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,13 +102,21 @@ class ReferenceBlock:
 class CompiledBlock:
     """The same with the operators of torch.ops.gaitfast (csrc/)."""
 
-    def __init__(self, queries: torch.Tensor, gallery: torch.Tensor, first: int, size: int, metric: str) -> None:
+    @staticmethod
+    def prepare(queries: torch.Tensor) -> Prepared:
+        return queries, _squares(queries, "queries")
+
+    @staticmethod
+    def most_items(gallery: torch.Tensor) -> int:
+        bytes_of_value = 2 if torch.ops.gaitfast.uses_tile_unit() else 4
+        return max(1024, _PLANE_BYTES // (bytes_of_value * gallery[0].numel()))
+
+    def __init__(self, queries: Prepared, gallery: torch.Tensor, first: int, size: int, metric: str) -> None:
         self.metric, self.first, self.size = metric, first, size
         items = gallery[first : first + size]
-        squares, query_squares = _squares(items, "gallery", first), torch.ops.gaitfast.part_squares(queries)
-        self._scale = _scale(metric, squares, query_squares)
-        self._queries = queries, query_squares
-        self._items = items, squares
+        squares = _squares(items, "gallery", first)
+        self._scale = _scale(metric, squares, queries[1])
+        self._queries, self._items = queries, (items, squares)
         self._plane: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _prepared(self, rows: slice) -> tuple:
@@ -142,11 +161,6 @@ def _scale(metric: str, *squares: torch.Tensor) -> float:
     """The power of two that brings the longest part of all to at most 1; 1 for the cosine, which has no scale."""
     longest = max(float(side.max()) for side in squares) ** 0.5
     return 2.0 ** -math.ceil(math.log2(longest)) if metric == "euclidean" and longest > 0 else 1.0
-
-
-def block_rows(gallery: torch.Tensor, compiled: bool) -> int:
-    """Gallery items of a block, so that what is prepared of them stays within bounds."""
-    return max(1024, _PLANE_BYTES // (4 * gallery[0].numel())) if compiled else len(gallery)
 
 
 def few_neighbours(k: int, gallery: int) -> bool:

@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from gaitfast.retrieval import _reference
-from gaitfast.retrieval._backends import Block, CompiledBlock, ReferenceBlock, block_rows
+from gaitfast.retrieval._backends import Block, CompiledBlock, ReferenceBlock
 from gaitfast.retrieval._exact import pair_distances
-from gaitfast.retrieval._inputs import Exclusion, check_values
+from gaitfast.retrieval._inputs import Exclusion
 from gaitfast.retrieval._shards import Shard
 from gaitfast.retrieval._tiles import Interval, tolerance
 
@@ -42,12 +42,13 @@ class Problem:
         shard: Shard | None = None,
         compiled: bool = False,
     ) -> None:
-        self.queries, self.gallery, self.metric = check_values(queries, "queries"), gallery, metric
+        self.queries, self.gallery, self.metric = queries, gallery, metric
         self.shard = shard or Shard(len(gallery))
         self.exclude = exclude.part(slice(0, len(queries)), slice(self.shard.first, self.shard.first + len(gallery)))
         self.tile = tile or _reference.DEFAULT_TILE
         self._kind = CompiledBlock if compiled else ReferenceBlock
-        self._block_rows = tile or block_rows(gallery, compiled)
+        self._prepared = self._kind.prepare(queries)
+        self._block_rows = tile or self._kind.most_items(gallery)
         self._step_rows = tile or max(_STEP_ROWS, 256 * torch.get_num_threads())
         self._only: Block | None = None
 
@@ -55,7 +56,7 @@ class Problem:
         """One block after the other. The only block of a small gallery is prepared once."""
         for first in range(0, len(self.gallery), self._block_rows):
             size = min(self._block_rows, len(self.gallery) - first)
-            block = self._only or self._kind(self.queries, self.gallery, first, size, self.metric)
+            block = self._only or self._kind(self._prepared, self.gallery, first, size, self.metric)
             if size == len(self.gallery):
                 self._only = block
             yield block
