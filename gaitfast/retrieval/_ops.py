@@ -19,7 +19,7 @@ from gaitfast.retrieval._inputs import Exclusion
 from gaitfast.retrieval._shards import Shard
 from gaitfast.retrieval._tiles import Interval, tolerance
 
-_STEP_ROWS = 1024  # queries of a step at least: between steps Python is back, for the progress bar and Ctrl-C
+_STEP_ROWS = 4096  # queries of a step at least: between steps Python is back, for the progress bar and Ctrl-C
 Found = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -49,7 +49,7 @@ class Problem:
         self._kind = CompiledBlock if compiled else ReferenceBlock
         self._prepared = self._kind.prepare(queries)
         self._block_rows = tile or self._kind.most_items(gallery)
-        self._step_rows = tile or max(_STEP_ROWS, 256 * torch.get_num_threads())
+        self._step_rows = tile or max(_STEP_ROWS, 1024 * torch.get_num_threads())
         self._only: Block | None = None
 
     def blocks(self) -> Iterator[Block]:
