@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from gaitfast.cli import user_errors
 from gaitfast.config import UserError
 from gaitfast.retrieval import rank_report, search
 
+DISTURBED = 0.15  # cores used by others during a sample
 REST_S = 0.05  # before every sample, so that no threads of the side before still spin
 Call = Callable[[], Any]
 
@@ -109,35 +110,46 @@ def others_seconds() -> float:
     return all_ - times.user - times.system
 
 
-def timed(sides: dict[str, Call], case: Case) -> tuple[dict[str, list[float]], dict[str, float], dict[str, Any]]:
-    """Seconds of every sample, the cores that others used meanwhile, and every side's answer.
+class Sample(NamedTuple):
+    seconds: float
+    others: float
+    """Cores that others used meanwhile."""
 
-    OpenGait's loops, which take minutes, run once.
+
+def sampled(call: Call) -> tuple[Sample, Any]:
+    """One call, timed, and its answer."""
+    time.sleep(REST_S)
+    before, started = others_seconds(), time.perf_counter()
+    answer = call()
+    taken = time.perf_counter() - started
+    return Sample(taken, max(0.0, others_seconds() - before) / taken), answer
+
+
+def timed(sides: dict[str, Call], case: Case) -> tuple[dict[str, list[Sample]], dict[str, Any]]:
+    """Samples of every side, the least disturbed ones, and every side's answer.
+
+    While a side lacks undisturbed samples its turns go on, to twice their number. OpenGait's loops, which take
+    minutes, run once.
     """
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    others = dict.fromkeys(sides, 0.0)
-    answers: dict[str, Any] = {}
-    ready = []
-    for turn in range(case.rounds + 1):
+    samples: dict[str, list[Sample]] = {name: [] for name in sides}
+    ready: list[Sample] = []
+    answers = {name: call() for name, call in sides.items() if not name.startswith("opengait")}
+    for turn in range(2 * case.rounds):
         for name, call in sides.items():
             slow = name.startswith("opengait")
-            if slow and turn != 1:
+            undisturbed = sum(sample.others < DISTURBED for sample in samples[name])
+            if undisturbed >= case.rounds or (slow and turn > 0):
                 continue
-            time.sleep(REST_S)
-            before, started = others_seconds(), time.perf_counter()
-            answer = call()
-            taken = time.perf_counter() - started
-            if turn == 0 or slow:
+            sample, answer = sampled(call)
+            samples[name].append(sample)
+            if slow:
                 answers[name] = answer
-            if turn > 0:
-                samples[name].append(taken)
-                others[name] += others_seconds() - before
-                if name == "faiss":
-                    ready.append(call.index.ready_seconds)
+            if name == "faiss":
+                ready.append(Sample(call.index.ready_seconds, sample.others))
             del answer
     if ready:
         samples["faiss, index ready"] = ready
-    return samples, {name: max(0.0, value) / sum(samples[name]) for name, value in others.items()}, answers
+    return {name: sorted(of, key=lambda s: s.others)[: case.rounds] for name, of in samples.items()}, answers
 
 
 def memory_of(case: Case, side: str) -> Extra:
@@ -153,7 +165,7 @@ def memory_of(case: Case, side: str) -> Extra:
 
 
 def rates() -> dict[str, float]:
-    """TFLOP/s of products as deep as ours, the best of a few, and GB/s."""
+    """TFLOP/s of products as deep as ours, the best of a few undisturbed ones, and GB/s."""
     n, depth = 2048, CHANNELS * PARTS
     a, b = torch.randn(n, depth), torch.randn(n, depth)
     products: dict[str, Call] = {"float32": lambda: a @ b.T}
@@ -161,21 +173,17 @@ def rates() -> dict[str, float]:
     products["bfloat16"] = lambda: a16 @ b16.T
     a8, b8 = (x.mul(40).clamp(-127, 127).to(torch.int8) for x in (a, b))
     products["int8"] = lambda: torch._int_mm(a8, b8.T)
-    found = {}
-    for name, product in products.items():
-        taken = []
-        for _ in range(4):
-            started = time.perf_counter()
-            product()
-            taken.append(time.perf_counter() - started)
-        found[f"{name}_tflops"] = round(2 * n * n * depth / min(taken[1:]) / 1e12, 3)
+
+    def best(call: Call) -> float:
+        call()
+        samples = []
+        while len(samples) < 3 or (len(samples) < 15 and min(s.others for s in samples) > DISTURBED):
+            samples.append(sampled(call)[0])
+        return min(sample.seconds for sample in samples)
+
+    found = {name + "_tflops": round(2 * n * n * depth / best(call) / 1e12, 3) for name, call in products.items()}
     values = torch.zeros(2**28)
-    taken = []
-    for _ in range(3):
-        started = time.perf_counter()
-        values.sum()
-        taken.append(time.perf_counter() - started)
-    found["read_gb_per_s"] = round(values.nbytes / min(taken[1:]) / 1e9, 1)
+    found["read_gb_per_s"] = round(values.nbytes / best(values.sum) / 1e9, 1)
     found["copy_gb_per_s"] = round(copy_ceiling("cpu"), 1)
     return found
 
@@ -183,17 +191,18 @@ def rates() -> dict[str, float]:
 def measure(case: Case, speed: dict[str, float], without: set[str]) -> list[dict]:
     """The rows of one case."""
     data = case.features()
-    samples, others, answers = timed(sides_of(case, data, without), case)
+    samples, answers = timed(sides_of(case, data, without), case)
     if case.kind == "search":
         checked = check_search(case.metric, data, answers)
     else:
         probes = third_of(data, case.third)
         checked = check_report(case.metric, probes, ours(case, case.levels[0], probes), answers)
     del data, answers
-    own = Timing.of(samples[side_name(case.levels[0])]).median
+    seconds = {side: [sample.seconds for sample in taken] for side, taken in samples.items()}
+    own = Timing.of(seconds[side_name(case.levels[0])]).median
     rows = []
     for side, taken in samples.items():
-        time_ = Timing.of(taken)
+        time_ = Timing.of(seconds[side])
         share = 1 / 3 if side.startswith("opengait") and case.third is not None else 1.0
         rate = case.operations * share / time_.median / 1e12
         row = {
@@ -201,13 +210,12 @@ def measure(case: Case, speed: dict[str, float], without: set[str]) -> list[dict
             "side": side,
             "seconds": [round(value, 5) for value in time_],
             "samples": len(taken),
+            "other_cores": round(max(sample.others for sample in taken), 2),
             "over_ours": round(time_.median / own / share, 3),
             "tflops": round(rate, 4),
             "of_float32_rate": round(rate / speed["float32_tflops"], 3),
             "of_bfloat16_rate": round(rate / speed["bfloat16_tflops"], 3),
         }
-        if side in others:
-            row["other_cores"] = round(others[side], 2)
         if side in checked:
             row["checked"] = checked[side]
         rows.append(row)
@@ -228,7 +236,7 @@ def show(row: dict) -> None:
     median, low, high = row["seconds"]
     print(
         f"{row['case']:<46} {row['side']:<21} {median:9.4f} s ({low:.4f}-{high:.4f})  x{row['over_ours']:<8} "
-        f"{100 * row['of_bfloat16_rate']:.0f} % of bf16  others {row.get('other_cores', 0.0)}",
+        f"{100 * row['of_bfloat16_rate']:.0f} % of bf16  others {row['other_cores']}",
         flush=True,
     )
 

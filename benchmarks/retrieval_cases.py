@@ -97,7 +97,7 @@ QUICK = [
 FULL = [
     Case(kind="search", queries=12000, gallery=12000),
     Case(kind="search", queries=12000, gallery=12000, data="normal"),
-    *(Case(kind="report", queries=12000, gallery=12000, third=third) for third in range(3)),
+    *(Case(kind="report", queries=12000, gallery=12000, third=third, rounds=2) for third in range(3)),
     *(
         Case(kind="search", queries=1000, gallery=5000, k=k, data=data, levels=NO_AMX, rounds=9)
         for k in (1, 50)
