@@ -18,12 +18,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import study_features
 from benchmarks.environment import envelope
 from benchmarks.study_plan import DATA, SIZES, Plan, Run, plan
 from benchmarks.study_results import arm_results, headline, picture, pretraining_table, row, table
 from gaitfast import files
 from gaitfast.cli import user_errors
-from gaitfast.config import UserError
+from gaitfast.config import TransferConfig, UserError, load
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLES = {"walkers": "Synthetic walkers", "usf17": "USF HumanID"}
@@ -125,6 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = arguments.out or Path("runs/study") / f"{arguments.data}-{chosen.name}"
     study = plan(arguments.data, chosen, out, arguments.seeds, arguments.configs)
     rows = carry_out(study, arguments.usf17)
+    limit = load(TransferConfig, study.runs[1].config).eval.frames_limit
+    for found in rows:
+        if found["arm"] in ("", "frozen-random"):  # after and before pretraining
+            file = out / found["run"] / "backbone.safetensors"
+            found["features"] = study_features.measure(file, study.dataset, limit)
     results = arm_results(rows)
     picture(results, out / "study.png", TITLES[arguments.data])
     if arguments.json:

@@ -72,7 +72,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm over its seeds; `gain` is the final rank-1 minus that from scratch with the same seed."""
+    """One arm over its seeds; a `gain` is the final figure minus that from scratch with the same seed."""
 
     name: str
     label: str
@@ -85,6 +85,7 @@ class ArmResult:
     best: Spread
     mean_ap: Spread
     gain: Spread
+    mean_ap_gain: Spread
 
 
 def arm_results(rows: Sequence[dict]) -> list[ArmResult]:
@@ -100,6 +101,7 @@ def arm_results(rows: Sequence[dict]) -> list[ArmResult]:
         if not curves:
             continue
         rank1 = np.array([[e["rank1"] for e in curve] for curve in curves.values()])
+        paired = [(curve[-1], scratch[seed][-1]) for seed, curve in curves.items() if seed in scratch]
         found.append(
             ArmResult(
                 arm.name,
@@ -110,7 +112,7 @@ def arm_results(rows: Sequence[dict]) -> list[ArmResult]:
                 Spread.of(rank1[:, -1]),
                 Spread.of(rank1.max(1)),
                 Spread.of(curve[-1]["mAP"] for curve in curves.values()),
-                Spread.of(curves[s][-1]["rank1"] - scratch[s][-1]["rank1"] for s in curves if s in scratch),
+                *(Spread.of(ours[key] - theirs[key] for ours, theirs in paired) for key in ("rank1", "mAP")),
             )
         )
     return found
@@ -125,6 +127,7 @@ def headline(results: Sequence[ArmResult]) -> dict:
             "best_rank1": [r.best.mean, r.best.deviation],
             "final_mAP": [r.mean_ap.mean, r.mean_ap.deviation],
             "final_rank1_minus_scratch": [r.gain.mean, r.gain.deviation],
+            "final_mAP_minus_scratch": [r.mean_ap_gain.mean, r.mean_ap_gain.deviation],
         }
         for r in results
     }
@@ -133,26 +136,33 @@ def headline(results: Sequence[ArmResult]) -> dict:
 def table(results: Sequence[ArmResult]) -> str:
     """Markdown: one line per arm, mean +- standard deviation over seeds, in percent."""
     lines = [
-        "| arm | rank-1 before | final rank-1 | - scratch, same seed | best rank-1 | final mAP |",
-        "|---|---|---|---|---|---|",
+        "| arm | rank-1 before | final rank-1 | - scratch, same seed | best rank-1 | final mAP | - scratch |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        gain = "" if r.name == "scratch" else r.gain.signed()
-        lines.append(f"| {r.label} | {r.first} | {r.final} | {gain} | {r.best} | {r.mean_ap} |")
+        gain, mean_ap_gain = ("", "") if r.name == "scratch" else (r.gain.signed(), r.mean_ap_gain.signed())
+        lines.append(f"| {r.label} | {r.first} | {r.final} | {gain} | {r.best} | {r.mean_ap} | {mean_ap_gain} |")
     return "\n".join(lines)
 
 
 def pretraining_table(rows: Sequence[dict]) -> str:
-    """Markdown: what each pretraining did, before -> after."""
-    lines = ["| seed | raw rank-1 | gap | denoising loss | (other - same) / same |", "|---|---|---|---|---|"]
+    """Markdown: what each pretraining did to the raw feature, before -> after; before is the control's backbone."""
+    names = ("seed", "denoising loss", "(other - same) / same, %", "gap", "raw rank-1", "effective rank", "spread")
+    lines = [f"| {' | '.join(names)} | between people |", "|---|---|---|---|---|---|---|---|"]
+    before = {r["seed"]: r["features"] for r in rows if r["arm"] == "frozen-random"}
     for r in rows:
         if r["stage"] == "pretrain":
-            a, b = r["curve"][0], r["curve"][-1]
-            lines.append(
-                f"| {r['seed']} | {a['rank1']:.1f} -> {b['rank1']:.1f} | {a['gap']:.4f} -> {b['gap']:.4f} "
-                f"| {a['loss_same']:.3f} -> {b['loss_same']:.3f} "
-                f"| {b['identity']:.3%} +- {b['identity_error']:.3%} |"
+            first, last, old, new = r["curve"][0], r["curve"][-1], before[r["seed"]], r["features"]
+            cells = (
+                f"{first['loss_same']:.2f} -> {last['loss_same']:.3f}",
+                f"{100 * last['identity']:.3f} +- {100 * last['identity_error']:.3f}",
+                f"{first['gap']:.4f} -> {last['gap']:.4f}",
+                f"{first['rank1']:.1f} -> {last['rank1']:.1f}",
+                f"{old['effective_rank']:.1f} -> {new['effective_rank']:.1f}",
+                f"{old['spread']:.3f} -> {new['spread']:.3f}",
+                f"{old['between_people']:.3f} -> {new['between_people']:.3f}",
             )
+            lines.append(f"| {r['seed']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

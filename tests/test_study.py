@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import study
+from benchmarks.study_features import describe
 from benchmarks.study_plan import ARMS, CONFIGS, SIZES, plan
 from benchmarks.study_results import arm_results, curves, headline, picture, pretraining_table, table
 from gaitfast.config import PretrainConfig, TransferConfig, UserError, dump, load
@@ -118,7 +119,8 @@ def rows(*, seeds=(0, 1, 2)):
     for seed in seeds:
         measures = {"gap": 0.01, "loss_same": 0.5, "identity": 0.001, "identity_error": 0.0002}
         curve = [{"step": step, "rank1": 30.0, **measures} for step in (0, 9)]
-        found.append({"stage": "pretrain", "arm": "", "seed": seed, "curve": curve})
+        features = {"effective_rank": 5.0, "spread": 0.1, "between_people": 0.2}
+        found.append({"stage": "pretrain", "arm": "", "seed": seed, "curve": curve, "features": features})
         for arm, values in ends.items():
             curve = [{"step": 10 * i, "rank1": float(v), "mAP": v / 2} for i, v in enumerate(values(seed))]
             found.append({"stage": "transfer", "arm": arm, "seed": seed, "curve": curve})
@@ -133,9 +135,31 @@ def test_means_deviations_and_paired_differences():
     assert (finetuned.gain.mean, finetuned.gain.deviation) == (4.0, 0.0)  # paired: the seeds' own scatter cancels
     assert (frozen.gain.mean, frozen.gain.deviation) == (-22.0, 2.0)
     assert headline([finetuned])["finetune-0.5"]["final_rank1"] == [46.0, 2.0]
-    assert "| from scratch | 20.0 +- 0.0 | 42.0 +- 2.0 |  | 42.0 +- 2.0 | 21.0 +- 1.0 |" in table([scratch])
-    assert "| +4.0 +- 0.0 |" in table([finetuned])
-    assert "| 1 | 30.0 -> 30.0 | 0.0100 -> 0.0100 | 0.500 -> 0.500 | 0.100% +- 0.020% |" in pretraining_table(rows())
+    assert "| from scratch | 20.0 +- 0.0 | 42.0 +- 2.0 |  | 42.0 +- 2.0 | 21.0 +- 1.0 |  |" in table([scratch])
+    assert "| +4.0 +- 0.0 | 60.0 +- 0.0 | 23.0 +- 1.0 | +2.0 +- 0.0 |" in table([finetuned])
+
+
+def test_what_pretraining_did_stands_beside_what_it_began_with():
+    control = {"effective_rank": 10.0, "spread": 0.02, "between_people": 0.1}
+    controls = [{"stage": "transfer", "arm": "frozen-random", "seed": s, "features": control} for s in range(3)]
+    assert (
+        "| 1 | 0.50 -> 0.500 | 0.100 +- 0.020 | 0.0100 -> 0.0100 | 30.0 -> 30.0 "
+        "| 10.0 -> 5.0 | 0.020 -> 0.100 | 0.100 -> 0.200 |"
+    ) in pretraining_table([*rows(), *controls])
+
+
+def test_the_figures_of_features():
+    """Two people at (1, 0) and (-1, 0), each with two sequences at +-0.5 of it along the second channel."""
+    first = torch.tensor([[1, 0.5], [1, -0.5], [-1, 0.5], [-1, -0.5]])
+    far = first + torch.tensor([3.0, 0])
+    found = describe(torch.stack((first, far), 2), torch.tensor([7, 7, 2, 2]))
+    assert found["between_people"] == pytest.approx(0.8) and found["between_chance"] == pytest.approx(1 / 3)
+    assert found["effective_rank"] == pytest.approx(np.exp(-0.8 * np.log(0.8) - 0.2 * np.log(0.2)))
+    assert found["spread"] == pytest.approx(10 / (10 + 4 * 9))
+    line = torch.arange(6.0)[:, None, None] * torch.tensor([1.0, 2, 3])[None, :, None]
+    assert describe(line, torch.arange(6))["effective_rank"] == pytest.approx(1)
+    collapsed = describe(torch.zeros(4, 2, 1), torch.tensor([0, 0, 1, 1]))
+    assert (collapsed["spread"], collapsed["between_people"], collapsed["effective_rank"]) == (0, 0, 1)
 
 
 def test_one_seed_has_no_deviation():
@@ -231,6 +255,8 @@ def test_a_study_from_start_to_end_and_again(tmp_path, walkers_dataset, capsys):
     assert all(torch.equal(frozen[name], pretrained[name]) for name in pretrained)
     assert all(torch.equal(control[name], started[name]) for name in started)
     assert not any(torch.equal(frozen[name], control[name]) for name in started)
+    features = [row["features"] for row in result["rows"] if "features" in row]
+    assert len(features) == 2 and all(0 < row["between_people"] < 1 for row in features)
     assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
 
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
