@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     config = load(PretrainConfig, args.config, overrides)
     process = world.start()
     try:
-        Pretraining(config, process).run()
+        Pretraining(config, process).go(build_loader)
     finally:
         world.stop()
     return 0
@@ -147,21 +147,6 @@ class Pretraining(TrainingRun):
         objective = self.engine.whole()
         if self.world.is_main:
             save_backbone(self.folder / "backbone.safetensors", objective.backbone, self.metadata(step))
-
-    def run(self) -> None:
-        config, process = self.config, self.world
-        loader = build_loader(
-            self.dataset,
-            config.data,
-            sampling=self.sampling,
-            seed=config.seed,
-            batch=config.train.batch,
-            rank=process.rank,
-            world_size=process.size,
-            device=process.device,
-            start_step=self.start,
-        )
-        self.go(loader)
 
     def finish(self, step: int) -> dict[str, Any]:
         """Pictures, and the measures beside rank-1."""

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     config = load(TransferConfig, args.config, args.set)
     process = world.start()
     try:
-        Transfer(config, process).run()
+        Transfer(config, process).go(build_loader)
     finally:
         world.stop()
     return 0
@@ -164,21 +164,6 @@ class Transfer(TrainingRun):
             metadata = self.metadata(step)
             save_recognizer(self.folder / "recognizer.safetensors", recognizer, {**metadata, "classes": self.classes})
             save_backbone(self.folder / "backbone.safetensors", recognizer.backbone, metadata)
-
-    def run(self) -> None:
-        config, process = self.config, self.world
-        loader = build_loader(
-            self.dataset,
-            config.data,
-            sampling=self.sampling,
-            seed=config.seed,
-            batch=config.train.batch,
-            rank=process.rank,
-            world_size=process.size,
-            device=process.device,
-            start_step=self.start,
-        )
-        self.go(loader)
 
     def finish(self, step: int) -> dict[str, Any]:
         return {"classes": self.classes, "init": self.config.transfer.init}

@@ -39,6 +39,9 @@ class TrainingRun:
     results: ClassVar[tuple[str, ...]] = ("summary.json",)
     """Files of a complete run: what a run that died before its first checkpoint left of them is not this run's."""
 
+    sampling: Any
+    """How the recognizer takes its clips (gaitfast.data.sampling); a stage sets it before `go`."""
+
     def __init__(self, config: PretrainConfig | TransferConfig, process: World):
         """UserError if the run folder holds checkpoints of a run with another config, or only broken ones."""
         self.config, self.world = config, process
@@ -156,16 +159,27 @@ class TrainingRun:
         """Of a portable network: the config, the step, and its evaluation if there is one. On the main rank."""
         return {"config": to_dict(self.config), "step": step, "metrics": self.evaluations.at(step) or {}}
 
-    def go(self, loader: Any) -> None:
-        """Train to the end, or until asked to stop. `loader` yields the batches from `start` on and is closed."""
-        config = self.config
+    def go(self, build_loader: Callable[..., Any]) -> None:
+        """Train to the end, or until asked to stop, on what `build_loader` (gaitfast.data.pipeline) yields."""
+        config, process = self.config, self.world
+        loader = build_loader(
+            self.dataset,
+            config.data,
+            sampling=self.sampling,
+            seed=config.seed,
+            batch=config.train.batch,
+            rank=process.rank,
+            world_size=process.size,
+            device=process.device,
+            start_step=self.start,
+        )
         try:
             done = loop.train(
                 self.engine,
                 iter(loader),
                 self.train_step,
                 config=config,
-                world=self.world,
+                world=process,
                 meters=self.meters,
                 start=self.start,
                 evaluate=self.evaluate,
