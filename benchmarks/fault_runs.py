@@ -20,7 +20,6 @@ from gaitfast.cli import user_errors
 from gaitfast.engine import checkpoint, events
 
 ROOT = Path(__file__).resolve().parent.parent
-ITERATIONS = 18
 CONFIG = """
 data: {{path: {dataset}, frames: 2, threads: 1}}
 backbone: {{name: smplgait, variant: gait3d, width: 0.125}}
@@ -58,10 +57,10 @@ def pack_walkers(folder: Path) -> Path:
     return packed
 
 
-def prepare(folder: Path) -> Path:
-    """A dataset and the config of the runs in `folder`; returns the config."""
+def prepare(folder: Path, steps: int) -> Path:
+    """A dataset and the config of runs of `steps` steps in `folder`; returns the config."""
     config = folder / "config.yaml"
-    config.write_text(CONFIG.format(dataset=pack_walkers(folder), iterations=ITERATIONS))
+    config.write_text(CONFIG.format(dataset=pack_walkers(folder), iterations=steps))
     return config
 
 

@@ -36,6 +36,7 @@ from benchmarks.fault_runs import ROOT, Run, prepare, require, warm_up
 from gaitfast import files
 from gaitfast.cli import user_errors
 from gaitfast.engine import checkpoint, events
+from gaitfast.engine.portable import source_commit
 
 KILLS = ("kill", "write", "rank", "corrupt")
 SHIFT = "GAITFAST_CLOCK_SHIFT"
@@ -57,9 +58,9 @@ def plan(kills: int, rng: random.Random, disk: bool) -> list[str]:
 class Campaign:
     """Two runs at a time, of one and of two ranks, each replaced by a new one when it is done."""
 
-    def __init__(self, folder: Path, seed: int, disk: bool):
-        self.folder, self.rng, self.disk = folder, random.Random(seed), disk
-        self.config = prepare(folder)
+    def __init__(self, folder: Path, seed: int, steps: int):
+        self.folder, self.rng = folder, random.Random(seed)
+        self.config = prepare(folder, steps)
         self.current: dict[int, Run] = {}
         self.hit: dict[int, list[dict]] = {1: [], 2: []}
         self.rows: list[dict] = []
@@ -314,6 +315,7 @@ def summary(campaign: Campaign, seconds: float) -> tuple[dict, list[dict]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="kills, besides the other faults (default: 200)")
+    parser.add_argument("--steps", type=int, default=18, help="of a run (default: 18)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which they come")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -321,11 +323,12 @@ def main() -> int:
         preload_clock(Path(tempfile.mkdtemp(prefix="gaitfast-faults-")))
     folder = Path(os.environ[SHIFT]).parent / "runs"
     started = time.monotonic()
+    source_commit()  # remembers it: what runs is what was imported
     warm_up()
     try:
         folder.mkdir()
         disk = own_disk(folder)
-        campaign = Campaign(folder, arguments.seed, disk)
+        campaign = Campaign(folder, arguments.seed, arguments.steps)
         campaign.undisturbed()
         faults = plan(arguments.kills, campaign.rng, disk)
         campaign.go(faults, lambda text: print(text, flush=True))

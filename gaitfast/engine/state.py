@@ -134,10 +134,10 @@ def collect(engine: ZeroEngine, world: World) -> dict[str, torch.Tensor]:
     tensors = frozen | {f"buffers/{name}": t.detach().to("cpu", copy=True) for name, t in _buffers(engine).items()}
     for rank, (entries, theirs) in enumerate(everyone):
         tensors |= theirs
-        total = sum(count for *_, count in entries)
-        if rank and total:
-            own = torch.empty(total)
-            dist.recv(own, rank, group=world.control)
+        if rank:
+            own = torch.empty(sum(count for *_, count in entries))
+            if len(own):
+                dist.recv(own, rank, group=world.control)
         for (key, name, offset, count), part in zip(entries, own.split([count for *_, count in entries])):
             whole = tensors.setdefault(key, torch.empty(shapes[name]))
             whole.view(-1).narrow(0, offset, count).copy_(part)

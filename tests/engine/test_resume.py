@@ -60,7 +60,8 @@ def test_the_state_is_that_of_one_process(folders, name):
     wanted = {"weights/body.0.weight", "weights/scale", "buffers/body.1.running_var", f"{moments}/head.weight"}
     assert wanted <= one.keys() and f"{moments}/scale" not in one
     if "sgd" not in name:
-        assert {float(other[key]) for key in other if key.startswith("step/")} == {STEPS}
+        done = [{float(state[key]) for key in state if key.startswith("step/")} for state in (one, other)]
+        assert done[0] == done[1] and (done[0] == {STEPS} or "fp16" in name), "fp16 skips steps until its scale fits"
     for key in wanted:
         relative = (other[key] - one[key]).norm() / one[key].norm()
         assert relative < (1e-4 if name[-4:] in ("fp32", "-sgd") else 3e-2), key
