@@ -141,7 +141,7 @@ class TrainingRun:
                 "restore that dataset, or begin anew in another run folder"
             )
         state.restore(engine, found.tensors() if self.world.is_main else {}, self.world)
-        if (scaler := state.scaler(engine)) and found.manifest["scaler"]:
+        if (scaler := engine.scaler) and found.manifest["scaler"]:
             scaler.load_state_dict(found.manifest["scaler"])
 
     def _require_same_config(self) -> None:
@@ -195,7 +195,7 @@ class TrainingRun:
         self.world.agree(lambda: self.writer.wait())
         pending = self.meters.pending_losses()
         tensors = state.collect(self.engine, self.world)
-        scaler = state.scaler(self.engine)
+        scaler = self.engine.scaler
         manifest = {
             "step": step,
             "world_size": self.world.size,
