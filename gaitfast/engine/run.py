@@ -29,6 +29,7 @@ from gaitfast.engine.zero import ZeroEngine
 WITHOUT_EFFECT = {
     *("run", "log_every", "train.stop_after", "checkpoint.every", "checkpoint.keep"),
     *("data.path", "data.threads", "data.prefetch"),  # the dataset is known by its fingerprint, wherever it lies
+    "data.corrupt",  # a run that a corrupt frame stopped may go on without it
 }
 """Keys that may change when a run goes on: they do not change what is trained."""
 

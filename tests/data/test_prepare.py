@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gaitfast.config import UserError
-from gaitfast.data import packing, prepare, shards
+from gaitfast.data import codec, packing, prepare, shards
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.sources import OpenGaitTree
 
@@ -316,7 +316,7 @@ def test_a_full_disk_for_real(tree, tmp_path):
     (tmp_path / "shard").symlink_to("/dev/full")
     writer = shards.ShardWriter(tmp_path / "shard")
     with pytest.raises(OSError) as caught:
-        writer.append(np.random.default_rng(0).integers(0, 256, (9, 64, 64), dtype=np.uint8))
+        writer.append(codec.compress(np.random.default_rng(0).integers(0, 256, (9, 64, 64), dtype=np.uint8)))
         writer.close()
     assert caught.value.errno == errno.ENOSPC
 
