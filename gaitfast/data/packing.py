@@ -244,6 +244,11 @@ def pack(job: Job, listing: Listing, progress: Progress, note: Callable[[str], N
             raise UserError(
                 f"{partial}: no space left on the device; free some and run the same command again, it resumes"
             ) from None
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"{partial}: a file grew beyond what this session may write; raise `ulimit -f` and run the same command"
+                " again, it resumes"
+            ) from None
         raise UserError(f"{error.filename or partial}: cannot be written ({error.strerror})") from None
     return Outcome(packed.PackedDataset.open(job.out, backend="plain"), problems)
 

@@ -13,7 +13,7 @@ import mmap
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,7 +167,9 @@ class ShardWriter:
             os.fsync(file.fileno())
 
     def abort(self) -> None:
-        self._file.close()
+        """Let go of the file, also where the disk refuses what is still buffered."""
+        with suppress(OSError):
+            self._file.close()
 
 
 class Shards:
