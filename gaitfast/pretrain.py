@@ -64,7 +64,7 @@ class Pretraining(TrainingRun):
 
     def __init__(self, config: PretrainConfig, process: world.World):
         super().__init__(config, process)
-        dataset = PackedDataset.open(config.data.path)
+        dataset = PackedDataset.open(config.data.path, corrupt=config.data.corrupt)
         recognizer = build_recognizer(
             config.backbone.name, config.backbone.variant, width=config.backbone.width, seed=config.seed
         )

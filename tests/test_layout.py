@@ -18,7 +18,7 @@ LINES = 500
 PARTS = {
     "strict_yaml": set(),
     "config": {"strict_yaml"},
-    "randomness": set(),
+    "randomness": {"_C"},
     "files": {"config"},
     "names": set(),
     "kernels": {"_C"},

@@ -36,6 +36,7 @@ WITHOUT_EFFECT = {
     *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every"),
     "train.zero_stage",  # nor does the number of processes: to float rounding, as the order of sums differs
     *("data.path", "data.threads", "data.prefetch"),  # the dataset is known by its fingerprint, wherever it lies
+    "data.corrupt",  # a run that a corrupt frame stopped may go on without it
 }
 """Keys that may change when a run goes on: they do not change what is trained."""
 
