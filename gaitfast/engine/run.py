@@ -21,13 +21,16 @@ from torch import nn
 from gaitfast import files
 from gaitfast.config import PretrainConfig, TransferConfig, UserError, batch_per_rank, dump, load, to_dict
 from gaitfast.engine import checkpoint, loop
+from gaitfast.engine.memory import keep_freed_memory
 from gaitfast.engine.meters import Meters, Records
 from gaitfast.engine.portable import source_commit
+from gaitfast.engine.profiling import windowed
 from gaitfast.engine.world import World
 from gaitfast.engine.zero import ZeroEngine
 
 WITHOUT_EFFECT = {
     *("run", "log_every", "train.stop_after", "checkpoint.every", "checkpoint.keep"),
+    *("train.keep_memory", "train.encode_ahead", "profile.start", "profile.steps"),
     *("data.path", "data.threads", "data.prefetch"),  # the dataset is known by its fingerprint, wherever it lies
 }
 """Keys that may change when a run goes on: they do not change what is trained."""
@@ -46,6 +49,8 @@ class TrainingRun:
         """UserError if the run folder holds checkpoints of a run with another config, or only broken ones."""
         self.config, self.world = config, process
         self.started = time.perf_counter()
+        if process.device.type == "cpu" and config.train.keep_memory:
+            keep_freed_memory()
         self.folder = Path(config.run)
         self.per_rank = batch_per_rank(config.train, process.size)
         self._require_same_config()
@@ -177,7 +182,7 @@ class TrainingRun:
             done = loop.train(
                 self.engine,
                 iter(loader),
-                self.train_step,
+                windowed(self.train_step, config.profile, self.folder, self.meters.say),
                 config=config,
                 world=process,
                 meters=self.meters,
