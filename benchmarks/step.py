@@ -355,26 +355,30 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     return [case for case in chosen if not arguments.cases or case.label in arguments.cases]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split(":")[0])
-    size = parser.add_mutually_exclusive_group()
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split(":")[0])
+    size = found.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="SMPLGait and the demo, pretraining; the default")
     size.add_argument("--full", action="store_true", help="five backbones, both stages")
-    parser.add_argument("--compile", action="store_true", help="also the plain side under torch.compile (minutes)")
-    parser.add_argument("--batch", type=int, help="clips in a batch; 4, on a GPU 64")
-    parser.add_argument("--cases", nargs="+", metavar="STAGE/NAME")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="as torch has it")
-    parser.add_argument("--seconds", type=float, default=0.0, help="of timing for each case")
-    parser.add_argument("--least", type=int, default=0, help="steps of each side")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
+    found.add_argument("--compile", action="store_true", help="also the plain side under torch.compile (minutes)")
+    found.add_argument("--batch", type=int, help="clips in a batch; 4, on a GPU 64")
+    found.add_argument("--cases", nargs="+", metavar="STAGE/NAME")
+    found.add_argument("--device", choices=["cpu", "cuda"], help="as torch has it")
+    found.add_argument("--seconds", type=float, default=0.0, help="of timing for each case")
+    found.add_argument("--least", type=int, default=0, help="steps of each side")
+    found.add_argument("--no-memory", action="store_true")
+    found.add_argument("--json", type=Path, metavar="FILE")
+    return found
+
+
+def main() -> int:
+    arguments = parser().parse_args()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     arguments.batch = arguments.batch or (64 if device == "cuda" else 4)
     arguments.least = arguments.least or (5 if arguments.full or device == "cuda" else 3)
     process = world.start()
     if process.device.type != device:
-        parser.error(f"no {device} device (or DS_ACCELERATOR says otherwise)")
+        parser().error(f"no {device} device (or DS_ACCELERATOR says otherwise)")
     dtype = torch.bfloat16
     ceiling = matmul_ceiling(device, dtype)
     rows: list[dict] = []

@@ -114,7 +114,7 @@ def test_the_estimate_is_within_a_third_of_the_measured_peak(tmp_path, walkers_d
 
 
 def test_the_c_library_keeps_what_is_freed():
-    """A second large block takes the first one's pages: it faults in (almost) none."""
+    """A second large block takes the first one's pages: it faults in none once there is room."""
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -123,10 +123,9 @@ def test_the_c_library_keeps_what_is_freed():
 
     try:
         assert keep_freed_memory()
-        faults()
-        kept = faults()
+        kept = min(faults() for _ in range(5))  # the first ones make the room
         keep_freed_memory(False)
-        returned = faults()
+        returned = max(faults() for _ in range(5))
     finally:
         keep_freed_memory()
-    assert kept < returned / 4
+    assert kept < 100 < 16_000 < returned
