@@ -34,6 +34,16 @@ TORCH_LIBRARY(gaitfast, m) {
   // Dilation, then blur and threshold, of rows [first, last) of each clip (B, T, H, W), in place.
   m.def("part_ops_(Tensor(a!) clips, Tensor half_widths, Tensor dilate_rows, Tensor blur_rows) -> ()");
 
+  // Between the convolutions of a plain stack (gaitfast/models/stack.py), CPU. Maps (F, C, H, W), channels_last, float32
+  // or bfloat16. LeakyReLU of the maxima of 2 x 2 windows, and which entry won (uint8, the first of equal ones).
+  m.def("pool_leaky(Tensor x, float slope) -> (Tensor, Tensor)");
+  m.def("pool_leaky_backward(Tensor gradient, Tensor out, Tensor code, int height, int width, float slope) -> Tensor");
+  // The gradient before a LeakyReLU whose result is `out`, in place.
+  m.def("leaky_backward_(Tensor(a!) gradient, Tensor out, float slope) -> ()");
+  // Maxima over the frames of clips (N, S, M), at most 256, and which frame won: (N, M), uint8 (N, M); and back.
+  m.def("frames_max(Tensor x) -> (Tensor, Tensor)");
+  m.def("frames_max_backward(Tensor gradient, Tensor which, int frames) -> Tensor");
+
   // Exact retrieval (gaitfast/retrieval). Features (N, C, P), float32, float16 or bfloat16, one type on both sides.
   // Sums of squares per part, float64 (N, P).
   m.def("part_squares(Tensor features) -> Tensor");
