@@ -18,6 +18,15 @@ TORCH_LIBRARY(gaitfast, m) {
   // Dilation, then blur and threshold, of rows [first, last) of each clip (B, T, H, W), in place.
   m.def("part_ops_(Tensor(a!) clips, Tensor half_widths, Tensor dilate_rows, Tensor blur_rows) -> ()");
 
+  // Products of the denoiser on the CPU (kernels/convolution.py), bfloat16, channels last.
+  // Whether weight_gradient runs here.
+  m.def("has_row_products() -> bool", &gaitfast::convolution::has_row_products);
+  // left (F, H, W, M), right (F, H', W', N) -> float32: the sum over sites of left times right's patches
+  // (M, N, kernel, kernel), and the sum of left (M).
+  m.def("weight_gradient(Tensor left, Tensor right, int kernel, int stride, int padding) -> (Tensor, Tensor)");
+  // (M, N, kernel, kernel) -> bfloat16 (sites' * M, height * width * N): the convolution of one frame as a matrix.
+  m.def("dense_weight(Tensor weight, int height, int width, int stride, int padding) -> Tensor");
+
   // Exact retrieval (gaitfast/retrieval). Features (N, C, P), float32, float16 or bfloat16, one type on both sides.
   // Sums of squares per part, float64 (N, P).
   m.def("part_squares(Tensor features) -> Tensor");

@@ -22,4 +22,8 @@ namespace retrieval {
 bool uses_tile_unit();
 }
 
+namespace convolution {
+bool has_row_products();
+}
+
 }  // namespace gaitfast
