@@ -22,7 +22,7 @@ def extension() -> dict:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     sources = ["csrc/library.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").rglob("*.cpp"))]
-    # Compiled for OpenMP, not linked with it: at::parallel_for then finds the library that PyTorch has loaded, and shares
+    # Compiled for OpenMP, not linked with it: at::parallel_for finds the library that PyTorch has loaded, and shares
     # its threads. A second pool beside them would spin against it (a third of the step on two cores).
     # No contraction: error-free transformations (csrc/cpu/retrieval) say themselves where they want a fused product.
     # -Wno-psabi: functions on vectors are all inlined, so how they would be passed does not matter.
