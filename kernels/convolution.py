@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 try:
     import gaitfast._C  # noqa: F401  registers torch.ops.gaitfast
 
-    _PRESENT = True
+    _PRESENT = hasattr(torch.ops.gaitfast, "dense_weight")  # else the extension is older than this file
 except ImportError:  # built without the extension
     _PRESENT = False
 
