@@ -65,8 +65,12 @@ class SourceConfig:
     """DALI's CPU threads; 0: one per core, at most 16."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
+    corrupt: str = "refuse"
+    """A frame that does not match its checksum: `refuse` stops, `skip` warns and takes the nearest sound frame of its
+    sequence instead."""
 
     def __post_init__(self) -> None:
+        check_choice(self.corrupt, ("refuse", "skip"), "data.corrupt")
         check_choice(self.split, ("train", "test", "all"), "data.split")
         check(1 <= self.frames <= 64, "data.frames", f"lies in 1..64, got {self.frames}")
         check_choice(self.sampler, ("auto", "unordered", "ordered"), "data.sampler")

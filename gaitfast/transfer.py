@@ -86,7 +86,7 @@ class Transfer(TrainingRun):
 
     def __init__(self, config: TransferConfig, process: world.World):
         super().__init__(config, process)
-        dataset = PackedDataset.open(config.data.path)
+        dataset = PackedDataset.open(config.data.path, corrupt=config.data.corrupt)
         self.evaluated = PackedDataset.open(config.eval.path) if config.eval.path else dataset
         self.protocol = protocols.resolve(config.eval.protocol, self.evaluated)
         protocols.check(self.protocol, self.evaluated)

@@ -19,7 +19,7 @@ PARTS = {
     "strict_yaml": set(),
     "config": {"strict_yaml", "engine_config"},
     "engine_config": {"strict_yaml", "config"},
-    "randomness": set(),
+    "randomness": {"_C"},
     "files": {"config"},
     "names": set(),
     "kernels": {"_C"},

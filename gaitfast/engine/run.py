@@ -39,6 +39,7 @@ WITHOUT_EFFECT = {
     *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every"),
     "train.zero_stage",  # nor does the number of processes: to float rounding, as the order of sums differs
     *("data.path", "data.threads", "data.prefetch"),  # the dataset is known by its fingerprint, wherever it lies
+    "data.corrupt",  # a run that a corrupt frame stopped may go on without it
 }
 """Keys that may change when a run goes on: they do not change what is trained."""
 
@@ -146,7 +147,7 @@ class TrainingRun:
                 "restore that dataset, or begin anew in another run folder"
             )
         state.restore(engine, found.tensors() if self.world.is_main else {}, self.world)
-        if (scaler := state.scaler(engine)) and found.manifest["scaler"]:
+        if (scaler := engine.scaler) and found.manifest["scaler"]:
             scaler.load_state_dict(found.manifest["scaler"])
 
     def _require_same_config(self) -> None:
@@ -200,7 +201,7 @@ class TrainingRun:
         self.world.agree(lambda: self.writer.wait())
         pending = self.meters.pending_losses()
         tensors = state.collect(self.engine, self.world)
-        scaler = state.scaler(self.engine)
+        scaler = self.engine.scaler
         manifest = {
             "step": step,
             "world_size": self.world.size,
