@@ -66,15 +66,8 @@ class Pretraining(TrainingRun):
 
     def __init__(self, config: PretrainConfig, process: world.World):
         super().__init__(config, process)
-<<<<<<< HEAD
-        dataset = PackedDataset.open(config.data.path)
-        recognizer, objective = pretraining_objective(config)
-=======
         dataset = PackedDataset.open(config.data.path, corrupt=config.data.corrupt)
-        recognizer = build_recognizer(
-            config.backbone.name, config.backbone.variant, width=config.backbone.width, seed=config.seed
-        )
->>>>>>> main
+        recognizer, objective = pretraining_objective(config)
         backbone = recognizer.backbone
         self.sampling = recognizer.sampling
         self.autoencoder = build_autoencoder(config.autoencoder.weights).to(process.device)
