@@ -67,4 +67,25 @@ TORCH_LIBRARY(gaitfast, m) {
   m.def(
       "pair_distances(Tensor queries, Tensor query_squares, Tensor gallery, Tensor gallery_squares, Tensor rows, "
       "Tensor items, str metric, bool exact) -> Tensor");
+
+  // Which instructions the denoiser's operations use: generic, avx2, avx512 or amx.
+  m.def("denoiser_instructions() -> str", &gaitfast::denoiser::instructions);
+  // The denoiser's operations (gaitfast.kernels says what they compute), float32 or bfloat16. The second result: mean and
+  // 1 / deviation of each group, float32 (B, 2, G).
+  m.def(
+      "group_norm_film_silu(Tensor x, Tensor weight, Tensor bias, int groups, Tensor? scale, Tensor? shift, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "group_norm_film_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, int groups, Tensor? scale, "
+      "Tensor? shift, Tensor stats) -> (Tensor, Tensor, Tensor)");
+  m.def("layer_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("temporal_attention(Tensor qkv, Tensor bias, Tensor rotation, int heads) -> Tensor");
+  m.def(
+      "temporal_attention_backward(Tensor grad, Tensor qkv, Tensor bias, Tensor rotation, int heads) -> (Tensor, Tensor)");
+  m.def("spatial_attention(Tensor qkv, int heads) -> Tensor");
+  m.def("spatial_attention_backward(Tensor grad, Tensor qkv, int heads) -> Tensor");
+  m.def("linear_attention(Tensor qkv, int heads) -> Tensor");
+  m.def("linear_attention_backward(Tensor grad, Tensor qkv, int heads) -> Tensor");
+  m.def("film(Tensor time, Tensor condition, Tensor weight, Tensor bias) -> Tensor");
 }
