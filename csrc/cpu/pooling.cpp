@@ -188,15 +188,16 @@ std::tuple<at::Tensor, at::Tensor> pool_leaky(const at::Tensor& x, double slope)
   return {out, code};
 }
 
-at::Tensor pool_leaky_backward(const at::Tensor& gradient, const at::Tensor& out, const at::Tensor& code, int64_t height,
-                               int64_t width, double slope) {
+at::Tensor pool_leaky_backward(const at::Tensor& gradient, const at::Tensor& out, const at::Tensor& code,
+                               int64_t height, int64_t width, double slope) {
   check_alike("pool_leaky_backward", gradient, out);
   TORCH_CHECK(code.scalar_type() == at::kByte && code.sizes() == out.sizes() &&
                   code.is_contiguous(at::MemoryFormat::ChannelsLast),
               "pool_leaky_backward: code must be uint8, as pool_leaky returned it");
   TORCH_CHECK(height / 2 == out.size(2) && width / 2 == out.size(3), "pool_leaky_backward: not the map's size");
   const int64_t frames = out.size(0), channels = out.size(1), rows = out.size(2), windows = out.size(3);
-  auto result = at::empty({frames, channels, height, width}, out.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const auto format = at::MemoryFormat::ChannelsLast;
+  auto result = at::empty({frames, channels, height, width}, out.options().memory_format(format));
   if (height % 2 || width % 2) result.zero_();  // a last row or column that no window holds
   const Simd level = simd();
   const int64_t from = windows * channels, to = width * channels;
@@ -206,7 +207,8 @@ at::Tensor pool_leaky_backward(const at::Tensor& gradient, const at::Tensor& out
       for (int64_t i = begin; i < end; ++i) {
         T* a = data<T>(result) + (i / rows * height + 2 * (i % rows)) * to;
         unpool_row<T>(level, data<T>(gradient) + i * from, data<T>(out) + i * from,
-                      code.const_data_ptr<uint8_t>() + i * from, windows, channels, static_cast<float>(slope), a, a + to);
+                      code.const_data_ptr<uint8_t>() + i * from, windows, channels, static_cast<float>(slope), a,
+                      a + to);
       }
     });
   });
@@ -224,7 +226,7 @@ void leaky_backward_(at::Tensor& gradient, const at::Tensor& out, double slope) 
   });
 }
 
-constexpr int64_t kColumns = 1024;  // entries of a map that one pass over the frames takes: they stay in the first cache
+constexpr int64_t kColumns = 1024;  // entries of a map that one pass over the frames takes: they stay in the cache
 
 std::tuple<at::Tensor, at::Tensor> frames_max(const at::Tensor& x) {
   TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "frames_max: clips are (N, S, M), contiguous");
