@@ -43,7 +43,7 @@ class Case:
         what = f"k{self.k}" if self.kind == "search" else "probes"
         third = "" if self.third is None else f"-third{self.third + 1}"
         capped = "" if "" in self.levels else "-capped"
-        return f"{self.kind}-{size}-{what}-{self.metric}-{self.data}{third}{capped}"
+        return f"{self.kind}{capped}-{size}-{what}-{self.metric}-{self.data}{third}"
 
     @property
     def operations(self) -> int:
