@@ -15,9 +15,34 @@ TORCH_LIBRARY(gaitfast, m) {
   m.def("inflate_frames(Tensor bytes, Tensor offset, Tensor size, int frame_bytes) -> Tensor");
   // The CRC-32 of each block as int64 (n); -1 where a block leaves `bytes`.
   m.def("chunk_crc32(Tensor bytes, Tensor offset, Tensor size) -> Tensor");
+  // Frames uint8 (n, 4096) -> LZ4 blocks back to back uint8 (any), their sizes int64 (n) and CRC-32 int64 (n).
+  m.def("compress_frames(Tensor frames) -> (Tensor bytes, Tensor sizes, Tensor crc)");
+  // Frames numbers[i] of shards[i], each shard mapped: data uint8, offsets int64 (frames + 1), crc int32 (frames), whose
+  // bits are those of uint32. problem int64 (2): the first bad row or -1, and what is wrong with it (csrc/cpu/shards.cpp).
+  m.def(
+      "read_frames(Tensor[] data, Tensor[] offsets, Tensor[] crc, Tensor shards, Tensor numbers, int frame_bytes) -> "
+      "(Tensor frames, Tensor problem)");
+  // Their blocks as they are, back to back, and the sizes int64 (n).
+  m.def(
+      "read_chunks(Tensor[] data, Tensor[] offsets, Tensor[] crc, Tensor shards, Tensor numbers) -> "
+      "(Tensor bytes, Tensor sizes, Tensor problem)");
+  // Philox words as int64 (n, count): gaitfast/randomness.py, bits.
+  m.def("philox_bits(int key0, int key1, int step, Tensor sample, int count) -> Tensor");
+  // int64 (n, count): gaitfast/data/sampling.py, unordered_frames.
+  m.def(
+      "unordered_frames(int key0, int key1, int step, Tensor sample, Tensor length, Tensor meant, int count) -> Tensor");
   // Dilation, then blur and threshold, of rows [first, last) of each clip (B, T, H, W), in place.
   m.def("part_ops_(Tensor(a!) clips, Tensor half_widths, Tensor dilate_rows, Tensor blur_rows) -> ()");
 
+  // Between the convolutions of a plain stack (gaitfast/models/stack.py), CPU. Maps (F, C, H, W), channels_last, float32
+  // or bfloat16. LeakyReLU of the maxima of 2 x 2 windows, and which entry won (uint8, the first of equal ones).
+  m.def("pool_leaky(Tensor x, float slope) -> (Tensor, Tensor)");
+  m.def("pool_leaky_backward(Tensor gradient, Tensor out, Tensor code, int height, int width, float slope) -> Tensor");
+  // The gradient before a LeakyReLU whose result is `out`, in place.
+  m.def("leaky_backward_(Tensor(a!) gradient, Tensor out, float slope) -> ()");
+  // Maxima over the frames of clips (N, S, M), at most 256, and which frame won: (N, M), uint8 (N, M); and back.
+  m.def("frames_max(Tensor x) -> (Tensor, Tensor)");
+  m.def("frames_max_backward(Tensor gradient, Tensor which, int frames) -> Tensor");
   // Products of the denoiser on the CPU (kernels/convolution.py), bfloat16, channels last.
   // Whether weight_gradient runs here.
   m.def("has_row_products() -> bool", &gaitfast::convolution::has_row_products);

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from gaitfast import needs
 from gaitfast.cli import user_errors
 from gaitfast.config import TransferConfig, UserError, load
 from gaitfast.data.batch import RecognitionBatch
@@ -48,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     config = load(TransferConfig, args.config, args.set)
-    process = world.start()
+    process = world.start(config.train.timeout)
     try:
         Transfer(config, process).go(build_loader)
     finally:
@@ -85,7 +86,7 @@ class Transfer(TrainingRun):
 
     def __init__(self, config: TransferConfig, process: world.World):
         super().__init__(config, process)
-        dataset = PackedDataset.open(config.data.path)
+        dataset = PackedDataset.open(config.data.path, corrupt=config.data.corrupt)
         self.evaluated = PackedDataset.open(config.eval.path) if config.eval.path else dataset
         self.protocol = protocols.resolve(config.eval.protocol, self.evaluated)
         protocols.check(self.protocol, self.evaluated)
@@ -120,8 +121,10 @@ class Transfer(TrainingRun):
             smoothing=config.identity.smoothing,
             freeze=config.transfer.freeze,
         )
+        _, memory = needs.report(config, recognizer.to(process.device), process.device, process.size)
         engine = ZeroEngine(objective, groups(recognizer, config), config, process)
         self.begin(engine, dataset, sampler.sequences, quantities=objective.quantities)
+        self.meters.say(memory)
 
     def train_step(self, batch: RecognitionBatch, step: int) -> torch.Tensor:
         loss, quantities = self.engine.engine(batch.silhouettes.float() / 255, batch.label, batch.lengths)
@@ -162,8 +165,10 @@ class Transfer(TrainingRun):
         recognizer = self.engine.whole().recognizer
         if self.world.is_main:
             metadata = self.metadata(step)
-            save_recognizer(self.folder / "recognizer.safetensors", recognizer, {**metadata, "classes": self.classes})
-            save_backbone(self.folder / "backbone.safetensors", recognizer.backbone, metadata)
+            save_recognizer(
+                self.folder / "recognizer.safetensors", recognizer, {**metadata, "classes": self.classes}, self.later
+            )
+            save_backbone(self.folder / "backbone.safetensors", recognizer.backbone, metadata, self.later)
 
     def finish(self, step: int) -> dict[str, Any]:
         return {"classes": self.classes, "init": self.config.transfer.init}

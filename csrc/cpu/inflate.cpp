@@ -1,7 +1,6 @@
 // LZ4 blocks -> frames on the CPU, and the CRC-32 of the blocks. The bytes are hostile: no read leaves the block, no
 // write leaves the frame, and a block that does not fill its frame exactly is an error.
 // One thread a call: the loader calls from a thread of its own, beside the step's.
-// Format: https://github.com/lz4/lz4/blob/dev/doc/lz4_Block_format.md
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/chunks.h"
 #include "ops.h"
 
 namespace gaitfast {
@@ -58,7 +58,8 @@ inline void copy_match(uint8_t* out, const uint8_t* out_end, int64_t distance, i
   }
 }
 
-// True when [in, in_end) is a well-formed block that yields exactly [out, out_end).
+}  // namespace
+
 bool inflate_block(const uint8_t* in, const uint8_t* in_end, uint8_t* out, uint8_t* const out_end) {
   uint8_t* const out_begin = out;
   while (in < in_end) {
@@ -83,6 +84,8 @@ bool inflate_block(const uint8_t* in, const uint8_t* in_end, uint8_t* out, uint8
   }
   return false;  // an empty block, or one that ends with a match
 }
+
+namespace {
 
 at::Tensor inflate_frames(const at::Tensor& bytes, const at::Tensor& offset, const at::Tensor& size,
                           int64_t frame_bytes) {
@@ -123,6 +126,8 @@ constexpr Table crc_table() {
 
 constexpr Table kCrc = crc_table();
 
+}  // namespace
+
 uint32_t crc32(const uint8_t* in, int64_t size) {
   uint32_t crc = ~0u;
   for (; size >= 8; size -= 8, in += 8) {
@@ -133,6 +138,8 @@ uint32_t crc32(const uint8_t* in, int64_t size) {
   for (; size > 0; --size, ++in) crc = (crc >> 8) ^ kCrc[0][(crc ^ *in) & 255];
   return ~crc;
 }
+
+namespace {
 
 // The CRC-32 of each chunk as int64 (n); -1 for a chunk that leaves `bytes`.
 at::Tensor chunk_crc32(const at::Tensor& bytes, const at::Tensor& offset, const at::Tensor& size) {
