@@ -270,6 +270,9 @@ def _ops(torch: Any) -> list[Check]:
     except Exception as error:  # no kernels in this build, or a backend was forced that does not exist
         checks.append(Check("denoiser", CHECK, f"{error.__class__.__name__}: {error}"))
     compiled = _compiled_ops(torch)
+    if "denoiser_instructions" in compiled:
+        level = torch.ops.gaitfast.denoiser_instructions()
+        checks.append(Check("denoiser on a CPU", OK, f"{level:<10} instructions; GAITFAST_CPU caps them"))
     for name, operators, plain in (
         ("frame decoding", {"inflate_frames", "chunk_crc32"}, "lz4"),
         ("part augmentation", {"part_ops_"}, "opencv"),
@@ -328,7 +331,19 @@ def _files() -> list[Check]:
     return [*checks, Check("chromium", OK, browser) if browser else absent]
 
 
-def examine(thorough: bool = False) -> dict[str, list[Check]]:
+def _needs(file: str) -> list[Check]:
+    """The memory of a run with this config, on this machine."""
+    from gaitfast import needs
+    from gaitfast.config import UserError
+
+    try:
+        fits, line = needs.on_paper(file)
+    except UserError as error:
+        return [Check("memory", MISSING, str(error))]
+    return [Check("memory", OK if fits else CHECK, line)]
+
+
+def examine(thorough: bool = False, config: str | None = None) -> dict[str, list[Check]]:
     """Every check, by section. A check that fails itself becomes a line that says so."""
     torch, broken = _torch()
     sections: dict[str, Callable[[], list[Check]]] = {
@@ -339,6 +354,8 @@ def examine(thorough: bool = False) -> dict[str, list[Check]]:
         "distributed": lambda: _distributed(torch),
         "files and tools": _files,
     }
+    if config:
+        sections[f"a run of {config}"] = lambda: _needs(config)
     result = {}
     for title, check in sections.items():
         try:
@@ -377,10 +394,11 @@ def _print(sections: dict[str, list[Check]], colour: bool) -> None:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--thorough", action="store_true", help="import every package for real (slower)")
+    parser.add_argument("--config", metavar="FILE", help="also say what memory a run with this config needs")
 
 
 def main(args: argparse.Namespace) -> int:
-    sections = examine(args.thorough)
+    sections = examine(args.thorough, args.config)
     healthy = ready(sections)
     if args.json:
         plain = {title: [asdict(check) for check in checks] for title, checks in sections.items()}

@@ -95,12 +95,6 @@ def _gathered(engine: ZeroEngine, parameters: list[torch.nn.Parameter], written:
         yield
 
 
-def scaler(engine: ZeroEngine) -> torch.amp.GradScaler | None:
-    """The loss scaler of fp16, wherever DeepSpeed keeps it."""
-    inside = getattr(engine.engine.optimizer, "torch_autocast_gradscaler", None)
-    return inside or engine.engine.torch_autocast_z0_gradscaler
-
-
 def collect(engine: ZeroEngine, world: World) -> dict[str, torch.Tensor]:
     """Copy the state to the main rank's memory; the other ranks get {}. Every rank must call it.
 
@@ -122,7 +116,8 @@ def collect(engine: ZeroEngine, world: World) -> dict[str, torch.Tensor]:
                 torch.as_tensor(state[piece.flat]["step"]).to("cpu", torch.float32, copy=True).reshape(1)
             )
     own = torch.cat(parts) if parts else torch.empty(0)
-    fixed = {name: p for name, p in engine.objective.named_parameters() if not p.requires_grad}
+    trained = engine.trained
+    fixed = {name: p for name, p in engine.objective.named_parameters() if id(p) not in trained}
     with _gathered(engine, list(fixed.values()), written=False):
         frozen = {f"weights/{name}": p.detach().to("cpu", torch.float32, copy=True) for name, p in fixed.items()}
     everyone = world.gather((table, steps))
