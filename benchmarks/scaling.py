@@ -47,14 +47,14 @@ from gaitfast.engine import world
 from gaitfast.models import build_denoiser, build_recognizer
 
 CONFIG = """
-data: {{path: {dataset}, frames: 6, threads: 1}}
+data: {{path: {dataset}, frames: 4, threads: 1}}
 backbone: {{name: smplgait, variant: gait3d, width: 0.5}}
 denoiser: {{dim: 32}}
-train: {{iterations: 14, batch: 8, precision: fp32, zero_stage: {stage}}}
+train: {{iterations: 10, batch: 8, precision: fp32, zero_stage: {stage}}}
 eval: {{every: 0, condition_clips: 2, condition_timesteps: 1}}
 log_every: 1
 """
-WARM_UP = 4
+WARM_UP = 2
 """Steps left out of the median."""
 
 
