@@ -43,6 +43,14 @@ TORCH_LIBRARY(gaitfast, m) {
   // Maxima over the frames of clips (N, S, M), at most 256, and which frame won: (N, M), uint8 (N, M); and back.
   m.def("frames_max(Tensor x) -> (Tensor, Tensor)");
   m.def("frames_max_backward(Tensor gradient, Tensor which, int frames) -> Tensor");
+  // Products of the denoiser on the CPU (kernels/convolution.py), bfloat16, channels last.
+  // Whether weight_gradient runs here.
+  m.def("has_row_products() -> bool", &gaitfast::convolution::has_row_products);
+  // left (F, H, W, M), right (F, H', W', N) -> float32: the sum over sites of left times right's patches
+  // (M, N, kernel, kernel), and the sum of left (M).
+  m.def("weight_gradient(Tensor left, Tensor right, int kernel, int stride, int padding) -> (Tensor, Tensor)");
+  // (M, N, kernel, kernel) -> bfloat16 (sites' * M, height * width * N): the convolution of one frame as a matrix.
+  m.def("dense_weight(Tensor weight, int height, int width, int stride, int padding) -> Tensor");
 
   // Exact retrieval (gaitfast/retrieval). Features (N, C, P), float32, float16 or bfloat16, one type on both sides.
   // Sums of squares per part, float64 (N, P).
@@ -67,4 +75,25 @@ TORCH_LIBRARY(gaitfast, m) {
   m.def(
       "pair_distances(Tensor queries, Tensor query_squares, Tensor gallery, Tensor gallery_squares, Tensor rows, "
       "Tensor items, str metric, bool exact) -> Tensor");
+
+  // Which instructions the denoiser's operations use: generic, avx2, avx512 or amx.
+  m.def("denoiser_instructions() -> str", &gaitfast::denoiser::instructions);
+  // The denoiser's operations (gaitfast.kernels says what they compute), float32 or bfloat16. The second result: mean and
+  // 1 / deviation of each group, float32 (B, 2, G).
+  m.def(
+      "group_norm_film_silu(Tensor x, Tensor weight, Tensor bias, int groups, Tensor? scale, Tensor? shift, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "group_norm_film_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, int groups, Tensor? scale, "
+      "Tensor? shift, Tensor stats) -> (Tensor, Tensor, Tensor)");
+  m.def("layer_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("temporal_attention(Tensor qkv, Tensor bias, Tensor rotation, int heads) -> Tensor");
+  m.def(
+      "temporal_attention_backward(Tensor grad, Tensor qkv, Tensor bias, Tensor rotation, int heads) -> (Tensor, Tensor)");
+  m.def("spatial_attention(Tensor qkv, int heads) -> Tensor");
+  m.def("spatial_attention_backward(Tensor grad, Tensor qkv, int heads) -> Tensor");
+  m.def("linear_attention(Tensor qkv, int heads) -> Tensor");
+  m.def("linear_attention_backward(Tensor grad, Tensor qkv, int heads) -> Tensor");
+  m.def("film(Tensor time, Tensor condition, Tensor weight, Tensor bias) -> Tensor");
 }
