@@ -71,6 +71,8 @@ def transferring(backbone: str, batch: str, frames: int = 30) -> Case:
     return Case("transfer", backbone, settings)
 
 
+HEADLINE = {"pretrain/smplgait": "", "pretrain/demo": "demo_"}
+"""The rows that the aims are stated for -> prefix of their figures in the headline; peak memory is measured for them."""
 DEMO = Case("pretrain", "demo", {"eval.condition_clips": 4}, demo=True)
 
 
@@ -294,14 +296,15 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
         one = ours(case, config, process)
         other = plain(case, config, process, one.run)
         sides = {"plain": other.step, "ours": one.step}
-        if arguments.full:
+        if arguments.full and case.label in HEADLINE:
             sides["plain + malloc"] = other.step
         if arguments.compile:
             sides["compiled"] = plain(case, config, process, one.run, compiled=True).step
         with FlopCounterMode(display=False) as counter:
             other.step()
-        timings = in_turns(sides, device, arguments.seconds, arguments.least)
-        parts = parts_of(case, one, device, arguments.least)
+        least = arguments.least if case.label in HEADLINE else 2
+        timings = in_turns(sides, device, arguments.seconds, least)
+        parts = parts_of(case, one, device, least)
         one.close()
     count = config.train.sequences
     median = timings["ours"].median
@@ -320,7 +323,7 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
     if not case.demo:
         iterations, batch = PAPER[case.stage]
         row["paper_hours"] = round(iterations * batch / count * median / 3.6e6, 1)
-    if not arguments.no_memory:
+    if not arguments.no_memory and case.label in HEADLINE:
         found = {
             name: in_child(peak_memory, name, case, str(dataset), device.type, torch.get_num_threads())
             for name in ("plain", "ours")
@@ -333,10 +336,10 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
 
 
 def headline_of(rows: list[dict]) -> dict[str, float]:
-    """Of the row that the aims are stated for, SMPLGait at 4 x 30 frames, and of the demo."""
+    """Of SMPLGait at 4 x 30 frames and of the demo."""
     found: dict[str, float] = {}
     for row in rows:
-        prefix = {"pretrain/smplgait": "", "pretrain/demo": "demo_"}.get(row["case"])
+        prefix = HEADLINE.get(row["case"])
         if prefix is None:
             continue
         found[f"{prefix}vs_plain"] = row["vs"]["plain"]
