@@ -72,7 +72,7 @@ def transferring(backbone: str, batch: str, frames: int = 30) -> Case:
 
 
 HEADLINE = {"pretrain/smplgait": "", "pretrain/demo": "demo_"}
-"""The rows that the aims are stated for -> prefix of their figures in the headline; peak memory is measured for them."""
+"""Rows of the headline -> prefix of their figures there; peak memory is measured for them."""
 DEMO = Case("pretrain", "demo", {"eval.condition_clips": 4}, demo=True)
 
 
