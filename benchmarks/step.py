@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -262,6 +263,8 @@ def networks_alone(run: Pretraining, batch: Any, device: torch.device) -> dict[s
 def peak_memory(name: str, case: Case, dataset: str, device: str, threads: int) -> dict[str, float]:
     """MiB of three steps of one side, in this process: beyond what lay there before, and all of it."""
     torch.set_num_threads(threads)
+    for name_of_parent in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name_of_parent, None)
     import deepspeed  # noqa: F401 (both sides, so that neither pays for it)
 
     process = world.start()
