@@ -15,6 +15,17 @@ TORCH_LIBRARY(gaitfast, m) {
   m.def("inflate_frames(Tensor bytes, Tensor offset, Tensor size, int frame_bytes) -> Tensor");
   // The CRC-32 of each block as int64 (n); -1 where a block leaves `bytes`.
   m.def("chunk_crc32(Tensor bytes, Tensor offset, Tensor size) -> Tensor");
+  // Frames `numbers` int64 (B, T) of a packed dataset, whose shards have `frames` uint8 (any), `offsets` int64 (n + 1) and
+  // `sums` uint32 (n), and `first` int64 (shards + 1) numbers their frames: checked, decoded and augmented (augment.py)
+  // to uint8 (B, T, 64, width) on `threads` threads. matrix: float64 (B, 3, 3); warp, flip: bool (B).
+  m.def(
+      "augment_clips(Tensor[] frames, Tensor[] offsets, Tensor[] sums, Tensor first, Tensor numbers, int width, "
+      "Tensor matrix, Tensor warp, Tensor flip, Tensor half_widths, Tensor dilate_rows, Tensor blur_rows, int threads)"
+      " -> Tensor");
+  // The chunks of frames `numbers` int64 (n), checked, back to back, uint8 (sum of sizes), and their sizes, int64 (n).
+  m.def(
+      "gather_chunks(Tensor[] frames, Tensor[] offsets, Tensor[] sums, Tensor first, Tensor numbers)"
+      " -> (Tensor, Tensor)");
   // Dilation, then blur and threshold, of rows [first, last) of each clip (B, T, H, W), in place.
   m.def("part_ops_(Tensor(a!) clips, Tensor half_widths, Tensor dilate_rows, Tensor blur_rows) -> ()");
 

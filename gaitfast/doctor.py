@@ -272,7 +272,7 @@ def _ops(torch: Any) -> list[Check]:
     compiled = _compiled_ops(torch)
     for name, operators, plain in (
         ("frame decoding", {"inflate_frames", "chunk_crc32"}, "lz4"),
-        ("part augmentation", {"part_ops_"}, "opencv"),
+        ("clip augmentation", {"augment_clips"}, "DALI"),
         ("retrieval", {"search_gallery", "count_before"}, "pytorch"),
     ):
         if operators <= compiled.keys():

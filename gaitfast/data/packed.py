@@ -221,6 +221,20 @@ class PackedDataset:
         for rows in np.split(order, bounds):
             yield int(shard[rows[0]]), rows, numbers[rows] - self._first_frame[shard[rows[0]]]
 
+    @property
+    def first_frame(self) -> np.ndarray:
+        """int64 (shards + 1): frames of shard k are the global numbers first_frame[k] .. first_frame[k + 1] - 1."""
+        return self._first_frame
+
+    def shards(self) -> list[shards.Shard]:
+        """The mapped shards, for what reads chunks by itself (chunk_store.py)."""
+        return self._shards
+
+    def complaint(self, number: int, reason: str) -> str:
+        """What to tell the user about a corrupt frame, by its global number."""
+        shard = int(np.searchsorted(self._first_frame, number, side="right")) - 1
+        return self._complaint(shard, number - int(self._first_frame[shard]), reason)
+
     def _guard(self, shard: int, local: np.ndarray, read):
         try:
             return read(local)

@@ -1,11 +1,12 @@
 """Small packed datasets of drawn figures, quick to make and different in every frame."""
 
+import json
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from gaitfast.data import packed
+from gaitfast.data import packed, shards
 
 
 def figure(person: int, phase: float) -> np.ndarray:
@@ -26,9 +27,26 @@ def walk(person: int, frames: int) -> np.ndarray:
     return np.stack([figure(person, 0.4 * t + person) for t in range(frames)])
 
 
-def write_dataset(path: Path, lengths: list[int]) -> packed.PackedDataset:
+def write_dataset(path: Path, lengths: list[int], shard_files: int = 1) -> packed.PackedDataset:
     """One sequence of each length, the last two of them people of the test set."""
     names = [f"{i:03d}" for i in range(len(lengths))]
     sequences = [(name, "nm-01", "000", walk(i, n)) for i, (name, n) in enumerate(zip(names, lengths))]
     partition = {"TRAIN_SET": names[:-2], "TEST_SET": names[-2:]}
-    return packed.write(path, sequences, name="figures", partition=partition)
+    dataset = packed.write(path, sequences, name="figures", partition=partition)
+    return dataset if shard_files == 1 else _cut_shard(dataset, sequences, shard_files)
+
+
+def _cut_shard(dataset: packed.PackedDataset, sequences: list, count: int) -> packed.PackedDataset:
+    """The dataset anew, in `count` shards."""
+    records = []
+    for k, part in enumerate(np.array_split(np.arange(len(sequences)), count)):
+        file = dataset.path / f"shard-{k:05d}.safetensors"
+        writer = shards.ShardWriter(file)
+        for i in part:
+            writer.append(sequences[i][3])
+        writer.close()
+        size, digest = file.stat().st_size, shards.checksum(file)
+        records.append(packed.ShardRecord(file.name, size, digest, len(part), writer.num_frames))
+    facts = {**dataset.facts, "shards": [record._asdict() for record in records]}
+    shards.write_text(dataset.path / "dataset.json", json.dumps(facts))
+    return packed.PackedDataset.open(dataset.path)

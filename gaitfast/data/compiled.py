@@ -1,0 +1,43 @@
+"""Decoding and augmentation of a clip by one compiled operator (csrc/cpu/clips.cpp), on the CPU.
+
+A frame is checked, decoded, warped or cut and flipped, dilated and blurred while it is in the cache, and written once,
+where the batch wants it. The frames of a clip share their homography, so they are warped side by side in the lanes of a
+vector. The operations are those of dali.py; the warp alone may differ from it, by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from gaitfast.data import part_ops
+from gaitfast.data.chunk_store import ChunkStore
+from gaitfast.data.plan import Clip, Plan, located
+
+
+def augment(store: ChunkStore, clip: Clip, threads: int = 1) -> torch.Tensor:
+    """The clips of a step, uint8 (B, T, 64, width). Each is one thread's work: their number changes no byte."""
+    drawn = clip.parameters
+    return store.augment(
+        clip.frames,
+        drawn.width,
+        threads,
+        matrix=torch.from_numpy(drawn.matrix),
+        warp=torch.from_numpy(drawn.warp),
+        flip=torch.from_numpy(drawn.flip),
+        **part_ops.tensors(drawn),
+    )
+
+
+def batches(store: ChunkStore, plan: Plan, step: int, threads: int) -> Iterator[tuple[Any, None]]:
+    """Batches from `step` on, for ever, each with None: there is nothing to wait for (dali.batches)."""
+    while True:
+        try:
+            selection = plan.select(step)
+            batch = plan.batch(selection, [augment(store, clip, threads) for clip in plan.clips(selection)])
+        except Exception as error:
+            raise located(error, step) from error
+        yield batch, None
+        step += 1
