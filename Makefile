@@ -37,8 +37,10 @@ demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed gaitfast/pretrain.py --config configs/pretrain/demo.yaml --set seed=$(SEED)
 	$(BIN)/gaitfast report runs/demo
 
+# A process for every core, a thread for each: the tests are many small ones.
+JOBS ?= $(shell nproc)
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

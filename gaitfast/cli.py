@@ -20,6 +20,7 @@ COMMANDS = {
         "gaitfast.transfer",
         "train a recognizer from a backbone as a single process (or: deepspeed gaitfast/transfer.py)",
     ),
+    "status": ("gaitfast.status", "what a run is doing: step, speed, time to go, last checkpoint, health"),
     "rank": ("gaitfast.rank", "embed a dataset and rank it under a protocol"),
     "export": ("gaitfast.export", "a model as OpenGait checkpoint, safetensors or ONNX graph"),
     "report": ("gaitfast.report.page", "draw the page of a run"),

@@ -194,6 +194,8 @@ class LengthConfig:
     zero_stage: int = 2
     accumulation: int = 1
     """Micro-batches into which each rank's share of the batch is cut."""
+    timeout: int = 600
+    """Seconds that a process waits for the others, at the start and in every exchange, before it gives up."""
     stop_after: int = 0
     """Stop cleanly (checkpoint, exit 0) after this many steps of this process; 0: run to the end."""
 
@@ -202,6 +204,7 @@ class LengthConfig:
         check(self.accumulation >= 1, "train.accumulation", f"must be positive, got {self.accumulation}")
         check_choice(self.precision, ("bf16", "fp16", "fp32"), "train.precision")
         check(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", f"lies in 0..3, got {self.zero_stage}")
+        check(self.timeout >= 1, "train.timeout", f"must be positive, got {self.timeout}")
         check(self.stop_after >= 0, "train.stop_after", "must not be negative")
 
 
@@ -261,10 +264,14 @@ class CheckpointConfig:
 
     every: int = 5_000
     keep: int = 2
+    """The newest that stay."""
+    keep_every: int = 0
+    """Those of multiples of this many steps stay too; 0: none."""
 
     def __post_init__(self) -> None:
         check(self.every >= 1, "checkpoint.every", "must be positive")
         check(self.keep >= 1, "checkpoint.keep", "must be positive")
+        check(self.keep_every >= 0, "checkpoint.keep_every", "must not be negative")
 
 
 @dataclass(kw_only=True, slots=True)

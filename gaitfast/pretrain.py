@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     overrides = [*args.set, *([f"autoencoder.weights={args.autoencoder}"] if args.autoencoder else [])]
     config = load(PretrainConfig, args.config, overrides)
-    process = world.start()
+    process = world.start(config.train.timeout)
     try:
         Pretraining(config, process).go(build_loader)
     finally:
@@ -146,7 +146,7 @@ class Pretraining(TrainingRun):
     def export(self, step: int) -> None:
         objective = self.engine.whole()
         if self.world.is_main:
-            save_backbone(self.folder / "backbone.safetensors", objective.backbone, self.metadata(step))
+            save_backbone(self.folder / "backbone.safetensors", objective.backbone, self.metadata(step), self.later)
 
     def finish(self, step: int) -> dict[str, Any]:
         """Pictures, and the measures beside rank-1."""

@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     config = load(TransferConfig, args.config, args.set)
-    process = world.start()
+    process = world.start(config.train.timeout)
     try:
         Transfer(config, process).go(build_loader)
     finally:
@@ -162,8 +162,10 @@ class Transfer(TrainingRun):
         recognizer = self.engine.whole().recognizer
         if self.world.is_main:
             metadata = self.metadata(step)
-            save_recognizer(self.folder / "recognizer.safetensors", recognizer, {**metadata, "classes": self.classes})
-            save_backbone(self.folder / "backbone.safetensors", recognizer.backbone, metadata)
+            save_recognizer(
+                self.folder / "recognizer.safetensors", recognizer, {**metadata, "classes": self.classes}, self.later
+            )
+            save_backbone(self.folder / "backbone.safetensors", recognizer.backbone, metadata, self.later)
 
     def finish(self, step: int) -> dict[str, Any]:
         return {"classes": self.classes, "init": self.config.transfer.init}

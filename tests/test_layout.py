@@ -42,7 +42,7 @@ OUTSIDE = {
 # Pieces of the entries: they may import every part and each other, and parts may not import them.
 SHARED = {"measure", "model_files", "pictures"}
 # Commands and programs. Nobody imports one; `cli`, which starts them by name, is the exception both ways.
-ENTRIES = {"pretrain", "transfer", "rank", "export", "train_autoencoder", "doctor"}
+ENTRIES = {"pretrain", "transfer", "rank", "export", "train_autoencoder", "doctor", "status"}
 
 
 def sources() -> Iterator[tuple[str, Path]]:

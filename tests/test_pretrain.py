@@ -103,7 +103,10 @@ def test_a_run_leaves_what_the_contract_names(undisturbed, runner):
     assert summary["steps"] == 40
     names = {"config.resolved.yaml", "backbone.safetensors", "pictures.safetensors"}
     assert names <= {path.name for path in undisturbed.iterdir()}
-    assert [p.name for p in sorted((undisturbed / "checkpoints").iterdir())] == ["step_00000020", "step_00000040"]
+    assert [p.name for p in sorted((undisturbed / "checkpoints").iterdir())] == [
+        "step_00000020.safetensors",
+        "step_00000040.safetensors",
+    ]
 
 
 @pytest.mark.slow
@@ -144,18 +147,21 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, runner):
     assert "stopped cleanly after step" in output
     runner("terminated")
     assert runner.losses("terminated") == runner.losses("whole")
+    happened = [row["event"] for row in runner.rows("terminated", "events.jsonl")]
+    first = happened.index("resume")
+    assert happened[0] == "start" and happened[first - 2 : first] == ["checkpoint", "stop"]
+    assert happened[-2:] == ["checkpoint", "finish"]
 
 
 @pytest.mark.slow
 def test_a_corrupt_newest_checkpoint_is_passed_over(undisturbed, runner):
     runner("corrupt", "train.stop_after=24", "checkpoint.every=12")
-    newest = runner.folder / "corrupt/checkpoints/step_00000024"
-    victim = next(newest.glob("*optim_states.pt"))
+    victim = runner.folder / "corrupt/checkpoints/step_00000024.safetensors"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     output = runner("corrupt", "checkpoint.every=12")
-    assert "step_00000024 is broken" in output and "does not match its checksum" in output
+    assert "step_00000024.safetensors is broken" in output and "does not match its checksum" in output
     assert runner.losses("corrupt") == runner.losses("whole")
 
 
@@ -168,6 +174,17 @@ def test_two_ranks_train_as_one(undisturbed, runner):
     assert list(two.values()) == pytest.approx(list(one.values()), rel=2e-4)
     a, b = runner.rows("one", "evaluations.jsonl"), runner.rows("two", "evaluations.jsonl")
     assert a[0]["loss_same"] == pytest.approx(b[0]["loss_same"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_one_then_two_then_one_equal_one(undisturbed, runner):
+    for stop, ranks in ((5, 0), (5, 2), (0, 0)):
+        runner("changing", "train.iterations=14", "eval.every=0", f"train.stop_after={stop}", ranks=ranks)
+    runner("constant", "train.iterations=14", "eval.every=0")
+    changing, constant = runner.losses("changing"), runner.losses("constant")
+    assert list(changing) == list(constant) == list(range(1, 15))
+    assert list(changing.values()) == pytest.approx(list(constant.values()), rel=2e-4)
+    assert [row["processes"] for row in runner.rows("changing", "events.jsonl") if "processes" in row] == [1, 2, 1]
 
 
 @pytest.mark.slow

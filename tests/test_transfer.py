@@ -208,7 +208,9 @@ def test_a_run_leaves_what_the_contract_names(undisturbed, runner):
     assert all(0 <= row["rank1"] <= 100 for row in evaluations)
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary["rank1_after"] == evaluations[-1]["rank1"] and summary["classes"] == 6
-    assert [p.name for p in sorted((undisturbed / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
+    assert [p.name for p in sorted((undisturbed / "checkpoints").iterdir())] == [
+        f"step_0000000{n}.safetensors" for n in (2, 4)
+    ]
     recognizer, metadata = load_recognizer(undisturbed / "recognizer.safetensors", build)
     assert (metadata["classes"], metadata["step"]) == (6, 4)
     backbone, _ = load_backbone(undisturbed / "backbone.safetensors", lambda config: build(config).backbone)

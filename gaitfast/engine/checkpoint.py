@@ -1,31 +1,35 @@
-"""Checkpoints: DeepSpeed's files inside a folder that is complete or absent, carries its config and checksums.
+"""Checkpoints: one safetensors file each, complete or absent, that carries its config and a checksum.
 
-    RUN/checkpoints/step_00005000/            DeepSpeed's model and optimizer states, one file per rank
-    RUN/checkpoints/step_00005000/manifest.json   step, ranks, config, size and checksum of every file
+    RUN/checkpoints/step_00005000.safetensors   what engine/state.py collects, and as metadata the manifest: step,
+                                                ranks, dataset, config, losses not yet logged, loss scaler, checksum
 
-A checkpoint is written into a hidden folder beside, checksummed, flushed and renamed, so the name alone says that it
-is whole (invariant 8). Nothing but the step has to be restored beside the weights and the optimizer: batches, noise and
-the learning rate are functions of the step.
+The state is copied to the host between two steps; a thread writes it while training goes on: aside, flushed, renamed,
+so the name alone says that it is whole (invariant 8). Nothing but the step has to be restored beside the weights and
+the optimizer: batches, noise and the learning rate are functions of the step. It holds no rank's share: any number of
+processes goes on from it, at any ZeRO stage.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
+import queue
 import sys
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from gaitfast import files
-from gaitfast.config import PretrainConfig, TransferConfig, UserError, to_dict
-from gaitfast.engine.world import World
-from gaitfast.engine.zero import ZeroEngine
+from gaitfast.config import CheckpointConfig, UserError
 
-FORMAT = 1
-_PARTIAL = ".partial"
+FORMAT = "gaitfast-checkpoint-2"
 
 
 @dataclass(frozen=True)
@@ -33,136 +37,163 @@ class Checkpoint:
     """A complete checkpoint on the disk."""
 
     path: Path
-    step: int
-    world_size: int
-    dataset: str
-    """Fingerprint of the dataset trained on."""
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.manifest["step"]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path)
 
 
-def _state_bytes(engine: ZeroEngine) -> int:
-    """Upper bound of a checkpoint: float32 weights and two moments, twice over for what the format adds."""
-    return 2 * 3 * 4 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.objective.parameters())
+def folder_of(run: Path) -> Path:
+    return run / "checkpoints"
 
 
-def save(
-    engine: ZeroEngine,
-    run: Path,
-    step: int,
-    config: PretrainConfig | TransferConfig,
-    world: World,
-    pending_losses: list[list[float]],
-    dataset: str,
-) -> None:
-    """Write the checkpoint of `step` (steps done) and prune old ones. Every rank must call it.
+def _path(run: Path, step: int) -> Path:
+    return folder_of(run) / f"step_{step:08d}.safetensors"
 
-    `pending_losses` are the losses since the last logged step, so that a resumed run logs the same means; `dataset` is
-    the fingerprint of what is trained on, so that a resumed run sees the same batches.
+
+def listing(run: Path) -> list[Path]:
+    """Checkpoints of a run, the newest first; not opened."""
+    return sorted(folder_of(run).glob("step_*"), reverse=True)
+
+
+def _digest(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> str:
+    """blake2b over the manifest and every tensor with its name, type and shape."""
+    state = hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def write(run: Path, tensors: dict[str, torch.Tensor], manifest: dict[str, Any], policy: CheckpointConfig) -> Path:
+    """Write the checkpoint of `manifest["step"]` and delete those that the policy does not keep.
+
+    UserError if the disk is full; the checkpoints that are there stay.
     """
-    folder = run / "checkpoints"
-    final = folder / f"step_{step:08d}"
-    partial = folder / _PARTIAL
-    # A loss can be finite whose gradients were not; such weights must not become the checkpoint to resume from.
-    finite = torch.stack([torch.isfinite(p).all() for p in engine.objective.parameters()]).all()
-    if world.any(not bool(finite)):
-        raise UserError(f"step {step}: a weight is not finite, nothing was saved; begin anew with lower learning rates")
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.require_space(folder, _state_bytes(engine))
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    world.barrier()
-    try:
-        state = {"step": step, "pending_losses": pending_losses}
-        engine.engine.save_checkpoint(str(partial), tag=final.name, client_state=state)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(
-            f"{partial}: the checkpoint could not be written ({error}); the previous one is untouched"
-        ) from None
-    world.barrier()
-    if world.is_main:
-        written = partial / final.name
-        entries = {}
-        for path in sorted(p for p in written.rglob("*") if p.is_file()):
-            files.sync(path)
-            entries[str(path.relative_to(written))] = {"bytes": path.stat().st_size, "blake2b": files.digest(path)}
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "world_size": world.size,
-            "zero_stage": config.train.zero_stage,
-            "dataset": dataset,
-            "config": to_dict(config),
-            "files": entries,
-        }
-        files.write_json(written / "manifest.json", manifest)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(written, final)
-        files.sync(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        _prune(folder, final.name, config.checkpoint.keep)
-    world.barrier()
+    path = _path(run, manifest["step"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    files.require_space(path.parent, size + (1 << 20))
+    metadata = {"format": FORMAT, "manifest": json.dumps(manifest), "checksum": _digest(tensors, manifest)}
+    files.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    _prune(run, manifest["step"], policy)
+    return path
 
 
-def _prune(folder: Path, saved: str, keep: int) -> None:
-    """Keep `saved` and the `keep` - 1 before it. Later ones are broken: the run would have resumed from them."""
-    older = [path for path in sorted(folder.glob("step_*")) if path.name < saved]
-    newer = [path for path in folder.glob("step_*") if path.name > saved]
-    for path in newer + older[: max(0, len(older) - (keep - 1))]:
-        shutil.rmtree(path)
+def _prune(run: Path, saved: int, policy: CheckpointConfig) -> None:
+    """Keep `saved`, the `keep` - 1 before it and every `keep_every`-th step.
+
+    Later ones are broken: the run would have resumed from them.
+    """
+    older = []
+    for path in listing(run):
+        step = int(path.stem.removeprefix("step_"))
+        if step > saved:
+            path.unlink()
+        elif step < saved and not (policy.keep_every and step % policy.keep_every == 0):
+            older.append(path)
+    for path in older[policy.keep - 1 :]:
+        path.unlink()
 
 
 def _inspect(path: Path) -> Checkpoint:
     """The checkpoint in `path`, or ValueError that says what is wrong with it."""
+    if path.is_dir():
+        raise ValueError("a folder of an older version; this one reads safetensors files")
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
-        for name, entry in manifest["files"].items():
-            file = path / name
-            if file.stat().st_size != entry["bytes"] or files.digest(file) != entry["blake2b"]:
-                raise ValueError(f"{name} does not match its checksum")
-        return Checkpoint(path, int(manifest["step"]), int(manifest["world_size"]), str(manifest["dataset"]))
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"format {metadata.get('format')}, this version reads {FORMAT}")
+            manifest = json.loads(metadata["manifest"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if _digest(tensors, manifest) != metadata["checksum"]:
+            raise ValueError("it does not match its checksum")
+        if manifest["step"] != int(path.stem.removeprefix("step_")):
+            raise ValueError(f"it holds step {manifest['step']}")
+        return Checkpoint(path, manifest)
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{error.__class__.__name__}: {error}") from None
 
 
-def newest(run: Path, report: bool = True) -> Checkpoint | None:
+def newest(run: Path) -> Checkpoint | None:
     """The newest good checkpoint of a run, or None where there is none; broken ones are named on stderr.
 
     UserError if there are checkpoints and none is good: a run must not begin anew by itself.
     """
     problems = []
-    for path in sorted((run / "checkpoints").glob("step_*"), reverse=True):
+    for path in listing(run):
         try:
             found = _inspect(path)
         except ValueError as problem:
             problems.append(f"{path} is broken ({problem})")
             continue
-        if report and problems:
+        if problems:
             print(f"gaitfast: {'; '.join(problems)}; going on from step {found.step}", file=sys.stderr)
         return found
     if problems:
-        raise UserError(f"{'; '.join(problems)}; delete {run / 'checkpoints'} to begin anew")
+        raise UserError(f"{'; '.join(problems)}; delete {folder_of(run)} to begin anew")
     return None
 
 
-def load(engine: ZeroEngine, checkpoint: Checkpoint, world: World, dataset: str) -> tuple[int, list]:
-    """Restore weights and optimizer; returns the steps done and the losses not yet logged.
+def sweep(run: Path) -> None:
+    """Delete the unfinished files that a killed process left in a run folder."""
+    for folder in (run, folder_of(run)):
+        for path in folder.glob(".*.partial"):
+            path.unlink(missing_ok=True)
 
-    UserError if the run had another number of processes or another dataset (by fingerprint).
+
+class Writer:
+    """A thread that writes files in the order in which they are handed over, one at a time.
+
+    A failure is kept and raised by the next `submit` or `close`; what follows it is not written.
     """
-    if checkpoint.dataset != dataset:
-        raise UserError(
-            f"{checkpoint.path}: was trained on a dataset with another content; "
-            "restore that dataset, or begin anew in another run folder"
-        )
-    if checkpoint.world_size != world.size:
-        raise UserError(
-            f"{checkpoint.path}: written by {checkpoint.world_size} processes, this run has {world.size}; "
-            f"start it with {checkpoint.world_size}, or begin anew in another run folder"
-        )
-    loaded, state = engine.engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    if loaded is None or int(state["step"]) != checkpoint.step:
-        raise UserError(f"{checkpoint.path}: DeepSpeed did not accept it; delete the folder to use an older checkpoint")
-    return checkpoint.step, list(state["pending_losses"])
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.seconds = 0.0
+        """Spent writing, in the background."""
+        self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            started = time.perf_counter()
+            try:
+                if self.error is None:
+                    job()
+            except Exception as error:  # reported by whoever trains
+                self.error = error
+            self.seconds += time.perf_counter() - started
+            del job  # and with it the state that it holds
+            self._jobs.task_done()
+
+    def wait(self) -> None:
+        """Until everything is written; raises what went wrong."""
+        self._jobs.join()
+        if self.error is not None:
+            raise self.error
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Hand over a file, given as the function that writes it. Raises what went wrong before."""
+        if self.error is not None:
+            raise self.error
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Write what is left and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._jobs.put(None)
+            self._thread.join()

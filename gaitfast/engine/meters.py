@@ -73,7 +73,7 @@ class Meters:
         iterations: int,
         log_every: int,
         batch: int,
-        losses: list,
+        losses: list[list[float]],
         quantities: tuple[str, ...] = ("loss",),
     ):
         """`losses` are those that the checkpoint at `start` had not logged yet (`pending_losses`).
@@ -85,8 +85,9 @@ class Meters:
         self.batch = batch
         self.seconds = 0.0
         self.quantities = quantities
-        # Checkpoints of older versions hold a number for each step, the loss alone.
-        self._earlier = [row if isinstance(row, list) else [row] for row in losses]
+        self.done = start
+        """Steps done."""
+        self._earlier = losses
         self._losses: list[torch.Tensor] = []
         self._waited = 0.0
         self._elapsed = 0.0
@@ -134,17 +135,19 @@ class Meters:
         self._losses.append(values)
         self._waited += waited
         self._timed_steps += 1
+        self.done += 1
         self.bar.update()
 
-    def first_non_finite(self, done: int) -> int | None:
-        """The 0-based step of the first non-finite loss since the last log, after `done` steps; synchronizes."""
+    def first_non_finite(self) -> int | None:
+        """The 0-based step of the first non-finite loss since the last log; synchronizes."""
         if not self._losses:
             return None
         finite = torch.isfinite(self._stacked()).all(1).tolist()
-        return done - len(finite) + finite.index(False) if False in finite else None
+        return self.done - len(finite) + finite.index(False) if False in finite else None
 
-    def log(self, done: int, rates: dict[str, float]) -> None:
-        """Write the row of step `done`."""
+    def log(self, rates: dict[str, float]) -> None:
+        """Write the row of the steps done."""
+        done = self.done
         rows = self.pending_losses()
         means = {name: sum(column) / len(rows) for name, column in zip(self.quantities, zip(*rows))}
         self._lap()

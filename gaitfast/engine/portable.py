@@ -9,6 +9,7 @@ Both carry `config`, the config of the run with its section `backbone` (name, va
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 from collections.abc import Callable
@@ -28,8 +29,10 @@ _CONTENT = {"gaitfast-backbone-1": "backbone", "gaitfast-recognizer-1": "recogni
 BACKBONE, RECOGNIZER = _CONTENT
 PLAIN = ("format", "version", "commit")
 """Metadata that is text; all other values are JSON."""
+Write = Callable[[], object]
 
 
+@functools.cache
 def source_commit() -> str:
     """The commit of the checkout that runs, with `+` when it has changes; empty for an installed copy."""
     root = Path(gaitfast.__file__).resolve().parent.parent
@@ -46,15 +49,26 @@ def source_commit() -> str:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
 
 
-def save_backbone(path: str | Path, backbone: nn.Module, metadata: dict[str, Any]) -> None:
-    """Write the weights of a backbone. Metadata values (config, step, metrics, ...) are stored as JSON strings."""
-    _save(path, backbone, BACKBONE, metadata)
+def _now(write: Write) -> None:
+    write()
 
 
-def save_recognizer(path: str | Path, recognizer: nn.Module, metadata: dict[str, Any]) -> None:
-    """Write the weights of a whole recognizer. Metadata as for a backbone, with `classes`: K, or None."""
+def save_backbone(
+    path: str | Path, backbone: nn.Module, metadata: dict[str, Any], later: Callable[[Write], None] = _now
+) -> None:
+    """Write the weights of a backbone. Metadata values (config, step, metrics, ...) are stored as JSON strings.
+
+    The weights are copied here; `later` gets the function that writes the file, to call it when it likes.
+    """
+    _save(path, backbone, BACKBONE, metadata, later)
+
+
+def save_recognizer(
+    path: str | Path, recognizer: nn.Module, metadata: dict[str, Any], later: Callable[[Write], None] = _now
+) -> None:
+    """Write the weights of a whole recognizer. As for a backbone, with `classes` in the metadata: K, or None."""
     assert "classes" in metadata, "a recognizer's file says how many classes it has"
-    _save(path, recognizer, RECOGNIZER, metadata)
+    _save(path, recognizer, RECOGNIZER, metadata, later)
 
 
 def load_backbone(path: str | Path, build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
@@ -96,11 +110,13 @@ def content(path: str | Path) -> str:
     return _CONTENT[found["format"]]
 
 
-def _save(path: str | Path, network: nn.Module, kind: str, metadata: dict[str, Any]) -> None:
+def _save(
+    path: str | Path, network: nn.Module, kind: str, metadata: dict[str, Any], later: Callable[[Write], None]
+) -> None:
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in network.state_dict().items()}
     text = {"format": kind, "version": gaitfast.__version__, "commit": source_commit()}
     text |= {key: json.dumps(value) for key, value in metadata.items()}
-    files.write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=text))
+    later(lambda: files.write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=text)))
 
 
 def _open(path: Path, weights: bool = True) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 RUN/config.resolved.yaml   every option
 RUN/metrics.jsonl          a row every log_every steps
+RUN/events.jsonl           what happened when: starts, checkpoints, stops, failures
 RUN/evaluations.jsonl      a row per evaluation
 RUN/checkpoints/           what the same command resumes from
 RUN/summary.json           of a complete run, with the portable networks beside it
@@ -9,6 +10,9 @@ RUN/summary.json           of a complete run, with the portable networks beside 
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -20,14 +24,17 @@ from torch import nn
 
 from gaitfast import files
 from gaitfast.config import PretrainConfig, TransferConfig, UserError, batch_per_rank, dump, load, to_dict
-from gaitfast.engine import checkpoint, loop
+from gaitfast.engine import checkpoint, loop, state
+from gaitfast.engine.events import PATIENCE, Events
 from gaitfast.engine.meters import Meters, Records
 from gaitfast.engine.portable import source_commit
-from gaitfast.engine.world import World
+from gaitfast.engine.world import World, is_lost_contact, lost_contact
 from gaitfast.engine.zero import ZeroEngine
 
 WITHOUT_EFFECT = {
-    *("run", "log_every", "train.stop_after", "checkpoint.every", "checkpoint.keep"),
+    *("run", "log_every", "train.stop_after", "train.timeout"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every"),
+    "train.zero_stage",  # nor does the number of processes: to float rounding, as the order of sums differs
     *("data.path", "data.threads", "data.prefetch"),  # the dataset is known by its fingerprint, wherever it lies
 }
 """Keys that may change when a run goes on: they do not change what is trained."""
@@ -48,8 +55,8 @@ class TrainingRun:
         self.started = time.perf_counter()
         self.folder = Path(config.run)
         self.per_rank = batch_per_rank(config.train, process.size)
-        self._require_same_config()
-        self.found = checkpoint.newest(self.folder, report=process.is_main)
+        self.events = Events(self.folder, process.rank)
+        self.found = process.agree(self._look)
         """The checkpoint to resume from; its weights replace any that are loaded before."""
 
     # --- what a stage brings ---
@@ -86,8 +93,11 @@ class TrainingRun:
         """
         self.engine, self.dataset, self._sequences = engine, dataset, sequences
         config, process, found = self.config, self.world, self.found
-        self.start, pending = checkpoint.load(engine, found, process, dataset.fingerprint) if found else (0, [])
-        self._make_folder()
+        if found:
+            self._resume(found, engine, dataset.fingerprint)
+        self.start = found.step if found else 0
+        process.agree(self._make_folder)
+        self.writer = checkpoint.Writer() if process.is_main else None
         if process.is_main:
             if not found:
                 for stale in self.results:
@@ -100,15 +110,43 @@ class TrainingRun:
             iterations=config.train.iterations,
             log_every=config.log_every,
             batch=config.train.sequences,
-            losses=pending,
+            losses=found.manifest["pending_losses"] if found else [],
             **options,
         )
         if found:
             self.meters.say(f"resumed from {found.path} at step {self.start}")
+        if process.is_main:
+            self.events.add(
+                "resume" if found else "start",
+                step=self.start,
+                iterations=config.train.iterations,
+                processes=process.size,
+                pid=os.getpid(),
+                commit=source_commit(),
+            )
+
+    def _look(self) -> checkpoint.Checkpoint | None:
+        """Claim the folder if there is one, and find what to resume from. On the main rank."""
+        if self.folder.is_dir():
+            self.events.claim(PATIENCE)
+            checkpoint.sweep(self.folder)
+        self._require_same_config()
+        return checkpoint.newest(self.folder)
+
+    def _resume(self, found: checkpoint.Checkpoint, engine: ZeroEngine, dataset: str) -> None:
+        """Restore weights, optimizer and loss scaler; UserError for another dataset (by fingerprint)."""
+        if found.manifest["dataset"] != dataset:
+            raise UserError(
+                f"{found.path}: was trained on a dataset with another content; "
+                "restore that dataset, or begin anew in another run folder"
+            )
+        state.restore(engine, found.tensors() if self.world.is_main else {}, self.world)
+        if (scaler := state.scaler(engine)) and found.manifest["scaler"]:
+            scaler.load_state_dict(found.manifest["scaler"])
 
     def _require_same_config(self) -> None:
         path = self.folder / "config.resolved.yaml"
-        if not path.exists() or not any(self.folder.glob("checkpoints/step_*")):
+        if not path.exists() or not checkpoint.listing(self.folder):
             return
         try:
             theirs = to_dict(load(type(self.config), path))
@@ -124,21 +162,22 @@ class TrainingRun:
             )
 
     def _make_folder(self) -> None:
-        """The run folder and the config in it, once everything that the config names was found."""
-        if not self.world.is_main:
-            return
+        """The run folder and the config in it, once everything that the config names was found. On the main rank."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run: cannot create {self.folder} ({error.strerror})") from None
+        if not self.events.claimed:
+            self.events.claim()
         path = self.folder / "config.resolved.yaml"
         files.write_atomically(path, lambda temporary: temporary.write_text(dump(self.config), encoding="utf-8"))
 
     def evaluate(self, step: int) -> None:
         """Measure after `step` steps, unless a previous start of this run already did."""
-        known = self.evaluations.at(step) if self.world.is_main else None
-        if self.world.any(known is not None):
+        if self.world.agree(lambda: self.evaluations.at(step) is not None):
             return
+        if self.world.is_main:
+            self.events.add("evaluate", step=step)
         objective = self.engine.whole()
         objective.eval()
         row = {"step": step, **self.measure(objective)}
@@ -149,18 +188,78 @@ class TrainingRun:
             self.meters.say(f"step {step}: {self.describe(row)}")
 
     def save(self, step: int) -> None:
-        """Checkpoint and portable networks after `step` steps."""
+        """Copy the state after `step` steps and have it written in the background, the portable networks with it.
+
+        UserError if a weight is not finite, or an earlier checkpoint could not be written. Every rank calls it.
+        """
+        self.world.agree(lambda: self.writer.wait())
         pending = self.meters.pending_losses()
-        checkpoint.save(self.engine, self.folder, step, self.config, self.world, pending, self.dataset.fingerprint)
+        tensors = state.collect(self.engine, self.world)
+        scaler = state.scaler(self.engine)
+        manifest = {
+            "step": step,
+            "world_size": self.world.size,
+            "dataset": self.dataset.fingerprint,
+            "config": to_dict(self.config),
+            "pending_losses": pending,
+            "scaler": scaler.state_dict() if scaler else {},
+        }
+        self.world.agree(lambda: self._hand_over(tensors, manifest))
         self.export(step)
-        self.world.barrier()
+
+    def _hand_over(self, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
+        # A loss can be finite whose gradients were not; such weights must not become the checkpoint to resume from.
+        bad = next((name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
+        if bad:
+            raise UserError(
+                f"step {manifest['step']}: {bad} is not finite, nothing was saved; begin anew with lower learning rates"
+            )
+
+        def job() -> None:
+            started = time.perf_counter()
+            path = checkpoint.write(self.folder, tensors, manifest, self.config.checkpoint)
+            seconds = round(time.perf_counter() - started, 3)
+            self.events.add("checkpoint", step=manifest["step"], bytes=path.stat().st_size, seconds=seconds)
+
+        self.writer.submit(job)
+
+    def later(self, write: Callable[[], object]) -> None:
+        """Have a file written in the background, after the checkpoints handed over before it. On the main rank."""
+        self.writer.submit(write)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Of a portable network: the config, the step, and its evaluation if there is one. On the main rank."""
         return {"config": to_dict(self.config), "step": step, "metrics": self.evaluations.at(step) or {}}
 
     def go(self, build_loader: Callable[..., Any]) -> None:
-        """Train to the end, or until asked to stop, on what `build_loader` (gaitfast.data.pipeline) yields."""
+        """Train to the end, or until asked to stop, on what `build_loader` (gaitfast.data.pipeline) yields.
+
+        UserError if the processes lose each other. Whatever ends the run is an event.
+        """
+        try:
+            self._go(build_loader)
+        except BaseException as error:
+            step = self.meters.done
+            lost = self.world.size > 1 and is_lost_contact(error)
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            told: BaseException = error
+            if lost:
+                told = lost_contact(error, self.world, step)
+            elif full:
+                told = UserError(f"{self.folder}: no space left on the disk; free some and run the same command again")
+            if self.writer and not isinstance(error, KeyboardInterrupt):
+                with contextlib.suppress(Exception):  # what was handed over is whole; what went wrong is said here
+                    self.writer.close()
+            if not isinstance(error, SystemExit):  # of a rank that leaves because the main one failed
+                with contextlib.suppress(OSError):  # a full disk
+                    self.events.add("failure", step=step, error=f"{type(told).__name__}: {told}"[:1000])
+            if told is not error:
+                raise told from None
+            raise
+        finally:
+            self.events.close()
+
+    def _go(self, build_loader: Callable[..., Any]) -> None:
         config, process = self.config, self.world
         loader = build_loader(
             self.dataset,
@@ -184,6 +283,7 @@ class TrainingRun:
                 start=self.start,
                 evaluate=self.evaluate,
                 save=self.save,
+                failed=lambda: process.is_main and self.writer.failed,
                 describe=lambda step: [self.dataset.sequence_name(i) for i in self._sequences(step)],
             )
         finally:
@@ -191,9 +291,13 @@ class TrainingRun:
         if done == config.train.iterations:
             self.evaluate(done)
             self.export(done)
+            process.agree(lambda: self.writer.close())
             self._summarize(done)
         else:
+            process.agree(lambda: self.writer.close())
             self.meters.say(f"stopped cleanly after step {done}; the same command continues")
+        if process.is_main:
+            self.events.add("finish" if done == config.train.iterations else "stop", step=done)
         self.meters.close()
 
     def _summarize(self, step: int) -> None:

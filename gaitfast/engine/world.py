@@ -1,14 +1,22 @@
-"""The processes of a run: who am I, on which device, and a few collective helpers."""
+"""The processes of a run: who am I, on which device, and a few collective helpers that leave the device alone."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import socket
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from gaitfast.config import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,9 @@ class World:
     rank: int
     size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
+    """What the ranks tell each other travels here, from host to host: no device is waited for. None: the default group,
+    which on a CPU is such a group itself."""
 
     @property
     def is_main(self) -> bool:
@@ -25,7 +36,7 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Mean over the ranks; every rank must call it."""
@@ -35,21 +46,50 @@ class World:
             value /= self.size
         return value
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; every rank must call it."""
-        if self.size == 1:
-            return flag
-        value = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
-
     def smallest(self, value: int) -> int:
         """The smallest value over the ranks; every rank must call it."""
         if self.size == 1:
             return value
-        tensor = torch.tensor([value], device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.control)
         return int(tensor.item())
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; every rank must call it."""
+        return self.smallest(-int(flag)) < 0
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks on the main one, [] elsewhere; every rank must call it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values or []
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """What `function` returns on the main rank, which alone calls it; every rank must call this.
+
+        A UserError there ends every rank: the main one raises it, the others leave without repeating it.
+        """
+        if self.size == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = function()
+            except UserError as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0, group=self.control)
+        if answer[1] is not None:
+            if self.is_main:
+                raise answer[1]
+            sys.exit(2)
+        return answer[0]
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an exception says that other processes of the run cannot be reached any more."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _free_port() -> int:
@@ -65,10 +105,11 @@ def _free_port() -> int:
     raise RuntimeError("no free local port for the process group")
 
 
-def start() -> World:
+def start(timeout: int = 600) -> World:
     """Join the process group: under the `deepspeed` launcher, under torchrun, or as a single process without either.
 
-    A GPU is used when there is one (NCCL), otherwise the CPU (gloo).
+    A GPU is used when there is one (NCCL), otherwise the CPU (gloo). `timeout`: seconds that a rank waits for the
+    others, here and in every exchange, before it gives up.
     """
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -85,10 +126,34 @@ def start() -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
-    if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    limit = datetime.timedelta(seconds=timeout)
+    try:
+        if not dist.is_initialized():
+            deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=limit)
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        size = dist.get_world_size()
+        control = dist.new_group(backend="gloo", timeout=limit) if cuda and size > 1 else None
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the {os.environ.get('WORLD_SIZE')} processes did not meet at {place} within {timeout} s "
+            f"({_first(error)}); start all nodes, with the same --master_addr and --master_port"
+        ) from None
+    return World(dist.get_rank(), size, device, control)
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
+def lost_contact(error: BaseException, world: World, step: int) -> UserError:
+    """The message for a run whose processes lost each other."""
+    return UserError(
+        f"rank {world.rank} of {world.size} lost the other processes after step {step} ({_first(error)}); "
+        "see which of them failed, then start the same command on all nodes: it goes on from the last checkpoint"
+    )
 
 
 def stop() -> None:

@@ -16,8 +16,8 @@ from gaitfast.config import OptimizerConfig, PretrainConfig, StepOptimizerConfig
 from gaitfast.engine.norms import synchronize_norms
 from gaitfast.engine.world import World
 
-# A deprecation inside DeepSpeed's own collectives, once per step and rank; nothing a user could act on.
-warnings.filterwarnings("ignore", message=r".*reduce_scatter_tensor.*", category=FutureWarning)
+# Deprecations inside DeepSpeed's own collectives, once per step and rank; nothing a user could act on.
+warnings.filterwarnings("ignore", message=r".*(reduce_scatter_tensor|all_gather_into_tensor).*", category=FutureWarning)
 
 
 def learning_rate_factor(step: int, iterations: int, optimizer: OptimizerConfig, start: int = 0) -> float:

@@ -80,19 +80,11 @@ class ReferenceBlock:
         return _reference.search(self.queries[rows], self.items, k, self.metric, part, tile)
 
     def count_before(
-        self,
-        rows: slice,
-        offsets: torch.Tensor,
-        positives: torch.Tensor,
-        distances: torch.Tensor,
-        exact: torch.Tensor,
-        exclusion: Exclusion,
-        tile: int,
+        self, rows: slice, given: _reference.Positives, exclusion: Exclusion, tile: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As _reference.count_before for queries[rows]; `positives` are numbers within the block, or outside of it."""
+        """As _reference.count_before for queries[rows]."""
         part = exclusion.part(rows, slice(self.first, self.first + self.size))
-        given = positives, offsets, distances, exact
-        return _reference.count_before(self.queries[rows], self.items, *given, self.metric, part, tile)
+        return _reference.count_before(self.queries[rows], self.items, given, self.metric, part, tile)
 
     def distances(self, rows: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """float64 (n,), within tolerance, of the pairs (queries[rows[i]], items[i]), numbers within the block."""
@@ -130,17 +122,9 @@ class CompiledBlock:
         return torch.ops.gaitfast.search_gallery(*self._prepared(rows), k, *excluded)
 
     def count_before(
-        self,
-        rows: slice,
-        offsets: torch.Tensor,
-        positives: torch.Tensor,
-        distances: torch.Tensor,
-        exact: torch.Tensor,
-        exclusion: Exclusion,
-        tile: int,
+        self, rows: slice, given: _reference.Positives, exclusion: Exclusion, tile: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         excluded = exclusion.lists(rows, slice(self.first, self.first + self.size))
-        given = offsets, positives, distances, exact
         return torch.ops.gaitfast.count_before(*self._prepared(rows), *given, *excluded)
 
     def distances(self, rows: torch.Tensor, items: torch.Tensor) -> torch.Tensor:

@@ -173,8 +173,8 @@ def _count(
                 part = slice(int(offsets[rows.start]), int(offsets[rows.stop]))
                 if part.start < part.stop:
                     asked = offsets[rows.start : rows.stop + 1] - part.start
-                    given = local[part] - block.first, distances[part], known[part]
-                    found = block.count_before(rows, asked, *given, problem.exclude, problem.tile)
+                    given = _reference.Positives(asked, local[part] - block.first, distances[part], known[part])
+                    found = block.count_before(rows, given, problem.exclude, problem.tile)
                     counts[part] += found[0]
                     unknown[part] += found[1]
                 bar.update()

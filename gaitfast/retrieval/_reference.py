@@ -22,6 +22,19 @@ _PAIR_ELEMENTS = 1 << 22  # feature values of the pairs in flight
 _INFINITY = float("inf")
 
 
+class Positives(NamedTuple):
+    """Of some queries: what is asked of each. In the order in which the compiled operators take it."""
+
+    offsets: torch.Tensor
+    """int64 (Q + 1,): query q asks for items[offsets[q]:offsets[q + 1]]."""
+    items: torch.Tensor
+    """int64 (n,), numbers in this gallery, or outside of 0..G-1 for items that lie elsewhere."""
+    distances: torch.Tensor
+    """float64 (n,), within tolerance."""
+    exact: torch.Tensor
+    """bool (n,): whether the distance is the exact one."""
+
+
 class _Problem:
     """Queries, gallery, metric and exclusions, seen tile by tile."""
 
@@ -183,10 +196,7 @@ def _settle_crowded(
 def count_before(
     queries: torch.Tensor,
     gallery: torch.Tensor,
-    positives: torch.Tensor,
-    offsets: torch.Tensor,
-    distances: torch.Tensor,
-    exact: torch.Tensor,
+    given: Positives,
     metric: str,
     exclude: Exclusion,
     tile: int = DEFAULT_TILE,
@@ -195,34 +205,25 @@ def count_before(
 
     Args:
         queries: (Q, C, P). gallery: (G, C, P).
-        positives: int64 (n,), numbers in this gallery, or outside of 0..G-1 for items that lie elsewhere.
-        offsets: int64 (Q + 1,): query q asks for positives[offsets[q]:offsets[q + 1]].
-        distances: float64 (n,), of the positives, within `tolerance`; or `exact`, bool (n,).
 
     Returns:
         int64 (n,): the items, not excluded, that come before in the order of (exact distance, number); and bool (n,):
         the distance must be exact for that, and the count means nothing.
     """
     problem = _Problem(queries, gallery, metric, exclude, tile)
-    counts, unknown = torch.empty_like(positives), torch.zeros_like(exact)
+    counts, unknown = torch.empty_like(given.items), torch.zeros_like(given.exact)
     for start in range(0, len(queries), tile):
         rows = torch.arange(start, min(start + tile, len(queries)), device=queries.device)
-        local = offsets[start : start + len(rows) + 1] - offsets[start]
-        part = slice(int(offsets[start]), int(offsets[start + len(rows)]))
+        offsets = given.offsets[start : start + len(rows) + 1]
+        part = slice(int(offsets[0]), int(offsets[-1]))
         if part.start < part.stop:
-            given = positives[part], distances[part], exact[part]
-            counts[part], unknown[part] = _count_tile(problem, rows, local, *given)
+            own = Positives(offsets - part.start, given.items[part], given.distances[part], given.exact[part])
+            counts[part], unknown[part] = _count_tile(problem, rows, own)
     return counts, unknown
 
 
-def _count_tile(
-    problem: _Problem,
-    rows: torch.Tensor,
-    offsets: torch.Tensor,
-    positives: torch.Tensor,
-    distances: torch.Tensor,
-    exact: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _count_tile(problem: _Problem, rows: torch.Tensor, given: Positives) -> tuple[torch.Tensor, torch.Tensor]:
+    offsets, positives, distances, exact = given
     owner = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), offsets.diff())
     place = torch.arange(len(owner), device=owner.device) - offsets[:-1][owner]
     off = tolerance(problem.metric, *problem.queries.shape[1:], distances).masked_fill(exact, 0.0)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gaitfast import files
-from gaitfast.config import OptimizerConfig, UserError
+from gaitfast.config import CheckpointConfig, OptimizerConfig, UserError
 from gaitfast.engine import checkpoint
 from gaitfast.engine.meters import Meters, Records
 from gaitfast.engine.portable import load_backbone, save_backbone
@@ -80,7 +80,8 @@ def test_a_row_logs_the_mean_over_its_steps_across_a_restart(tmp_path):
     second = meters(tmp_path, pending, start=2)
     for loss in (1.0, 1.0):
         second.step(torch.tensor(loss), 0.0)
-    second.log(4, {"lr_denoiser": 0.1})
+    assert second.done == 4
+    second.log({"lr_denoiser": 0.1})
     second.close()
     row = second.records.rows[-1]
     assert (row["step"], row["loss"], row["lr_denoiser"]) == (4, 2.0, 0.1)
@@ -88,67 +89,97 @@ def test_a_row_logs_the_mean_over_its_steps_across_a_restart(tmp_path):
 
 
 def test_the_first_non_finite_step_is_found(tmp_path):
-    some = meters(tmp_path)
+    some = meters(tmp_path, start=10)
     for loss in (1.0, float("inf"), float("nan")):
         some.step(torch.tensor(loss), 0.0)
-    assert some.first_non_finite(done=13) == 11
+    assert some.first_non_finite() == 11
     some.close()
 
 
-def write_checkpoint(run, step):
-    folder = run / "checkpoints" / f"step_{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "state.pt").write_bytes(b"weights %d" % step)
-    entry = {"bytes": (folder / "state.pt").stat().st_size, "blake2b": files.digest(folder / "state.pt")}
-    manifest = {
-        "format": checkpoint.FORMAT,
-        "step": step,
-        "world_size": 1,
-        "dataset": "abc",
-        "files": {"state.pt": entry},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+def write_checkpoint(run, step, **policy):
+    manifest = {"step": step, "world_size": 1, "dataset": "abc"}
+    tensors = {"weights/a": torch.arange(6.0).view(2, 3), "buffers/n": torch.tensor(step)}
+    return checkpoint.write(run, tensors, manifest, CheckpointConfig(**{"keep": 9, **policy}))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "empty manifest", "another format"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "manifest", "another format", "renamed", "folder"])
 def test_the_newest_good_checkpoint_is_found(tmp_path, capsys, damage):
     write_checkpoint(tmp_path, 5)
     newest = write_checkpoint(tmp_path, 10)
     assert checkpoint.newest(tmp_path).step == 10
-    state, manifest = newest / "state.pt", newest / "manifest.json"
+    whole = newest.read_bytes()
     if damage == "flip":
-        state.write_bytes(state.read_bytes()[:-1] + b"!")
+        newest.write_bytes(whole[:-1] + b"!")
     elif damage == "truncate":
-        state.write_bytes(state.read_bytes()[:-1])
-    elif damage == "delete":
-        state.unlink()
+        newest.write_bytes(whole[:-1])
+    elif damage == "empty":
+        newest.write_bytes(b"")
     elif damage == "manifest":
-        manifest.unlink()
-    elif damage == "empty manifest":
-        manifest.write_text("")
+        newest.write_bytes(whole.replace(b"abc", b"abd"))
+    elif damage == "another format":
+        newest.write_bytes(whole.replace(b"checkpoint-2", b"checkpoint-9"))
+    elif damage == "renamed":
+        newest = newest.rename(newest.with_name("step_00000011.safetensors"))
     else:
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+        newest.unlink()
+        newest.with_suffix("").mkdir()
     assert checkpoint.newest(tmp_path).step == 5
-    assert "step_00000010 is broken" in capsys.readouterr().err
+    assert f"{newest.stem} is broken" in capsys.readouterr().err.replace(".safetensors", "")
+
+
+def test_a_checkpoint_holds_what_was_written(tmp_path):
+    write_checkpoint(tmp_path, 7)
+    found = checkpoint.newest(tmp_path)
+    assert found.manifest == {"step": 7, "world_size": 1, "dataset": "abc"}
+    tensors = found.tensors()
+    assert torch.equal(tensors["weights/a"], torch.arange(6.0).view(2, 3)) and int(tensors["buffers/n"]) == 7
 
 
 def test_a_run_does_not_begin_anew_by_itself(tmp_path):
     for step in (5, 10):
-        (write_checkpoint(tmp_path, step) / "state.pt").unlink()
-    with pytest.raises(UserError, match=r"step_00000010 is broken.*step_00000005 is broken.*to begin anew"):
+        write_checkpoint(tmp_path, step).write_bytes(b"")
+    with pytest.raises(UserError, match=r"step_00000010.* is broken.*step_00000005.* is broken.*to begin anew"):
         checkpoint.newest(tmp_path)
 
 
-def test_pruning_keeps_what_was_just_saved(tmp_path):
-    for step in (5, 10, 15, 20, 25):
+def test_pruning_keeps_what_was_just_saved_and_what_the_policy_names(tmp_path):
+    for step in (5, 10, 15, 20, 25, 30):
         write_checkpoint(tmp_path, step)
-    checkpoint._prune(tmp_path / "checkpoints", "step_00000015", keep=2)  # 20 and 25 were broken, or 15 were not new
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000015"]
+    write_checkpoint(tmp_path, 21, keep=2, keep_every=10)  # 25 and 30 were broken, or 21 were not new
+    assert [int(path.stem[-2:]) for path in checkpoint.listing(tmp_path)] == [21, 20, 15, 10]
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoint.newest(tmp_path) is None
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path):
+    kept = write_checkpoint(tmp_path, 5)
+    for left in (tmp_path / ".metrics.jsonl.12.partial", kept.with_name(".step_00000010.safetensors.12.partial")):
+        left.write_bytes(b"half")
+    checkpoint.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [kept.name]
+
+
+def test_the_writer_keeps_the_order_and_tells_what_failed():
+    writer, done = checkpoint.Writer(), []
+
+    def full():
+        raise UserError("no space left")
+
+    for number in range(20):
+        writer.submit(lambda number=number: done.append(number))
+    writer.wait()
+    assert done == list(range(20)) and not writer.failed
+    writer.submit(full)
+    with pytest.raises(UserError, match="no space left"):
+        writer.wait()
+    assert writer.failed
+    with pytest.raises(UserError, match="no space left"):
+        writer.submit(lambda: done.append("after"))
+    with pytest.raises(UserError, match="no space left"):
+        writer.close()
+    assert done == list(range(20))
 
 
 def test_learning_rate_follows_table_6():

@@ -89,6 +89,17 @@ def test_every_size_of_a_side(monkeypatch, sizes):
         assert report == plain(monkeypatch, rank_report, queries, gallery, ids, gallery_ids, metric)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", [(300, 8), (2100, 2)])
+def test_features_and_sides_beyond_one_tile(monkeypatch, shape, level):
+    """Products in steps of depth, cosine and Euclidean; several blocks of queries and tiles of the gallery."""
+    monkeypatch.setenv("GAITFAST_CPU", level)
+    queries, gallery = sides("normal", 4, 270, 1100, *shape)
+    for metric in METRICS:
+        expected = plain(monkeypatch, search, queries, gallery, 7, metric)
+        assert_same(search(queries, gallery, 7, metric), expected)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_bounds_of_a_score_hold(monkeypatch, metric):
     """With features made so that every rounding goes the same way: the k nearest are right only if the bounds are."""

@@ -11,7 +11,8 @@ namespace {
 
 constexpr float kFloatUnit = 0x1p-24f;
 constexpr float kSpare = 1.01f;  // for the rounding of the bounds themselves
-constexpr int64_t kTiledRows = 256, kFloatRows = 512;  // gallery items of a tile
+// Gallery items of a tile. Euclidean distances pass over a tile part by part.
+constexpr int64_t kTiledRows = 512, kTiledPartRows = 128, kFloatRows = 2048, kFloatPartRows = 512;
 constexpr int64_t kRowsOfTask = 4 * kRowsOfPanel;
 // Without the tile unit, rows at most 1 long in float32: they are off by half of this at most.
 constexpr Lengths kFloatLengths = {1.0f, 0.0f, 2.0f * kFloatUnit};
@@ -36,22 +37,30 @@ struct Parts {
   explicit Parts(int64_t n) : square(n), length(n), unit(n), low(n), rest(n) {}
 };
 
+// 1 / sqrt(x) within 0.2 %, of a normal number: a guess by its exponent, and a step of Newton's method.
+GAITFAST_INLINE float about_inverse_root(float x) {
+  const float guess = __builtin_bit_cast(float, 0x5f3759df - (__builtin_bit_cast(int32_t, x) >> 1));
+  return guess * (1.5f - 0.5f * x * guess * guess);
+}
+
 // Adds one part's distances to the sums of lower and upper bounds (both negative).
 template <bool>
-GAITFAST_INLINE void add_part_body(const float* products, int64_t columns, const Part& item, const Parts& query,
-                                   float rounding, float* near, float* far) {
-  const float *square = query.square.data(), *length = query.length.data(), *unit = query.unit.data();
-  const float *low = query.low.data(), *rest = query.rest.data();
+GAITFAST_INLINE void add_part_body(const float* __restrict products, int64_t columns, const Part& item,
+                                   const Parts& query, float rounding, float* __restrict near, float* __restrict far) {
+  const float *__restrict square = query.square.data(), *__restrict length = query.length.data();
+  const float *__restrict unit = query.unit.data(), *__restrict low = query.low.data();
+  const float *__restrict rest = query.rest.data();
   for (int64_t j = 0; j < columns; ++j) {
     const float both = item.square + square[j];
     const float t = both - 2.0f * (products[j] * (item.lengths.unit * unit[j]));
     const float off = length[j] * item.lengths.rest + rest[j] * (item.length + item.lengths.rest) +
                       low[j] * item.lengths.low + rounding * length[j] * item.length;
     const float error = 2.0f * kSpare * off + 8.0f * kFloatUnit * both + 1e-30f;
-    const float lower = t - error > 0.0f ? t - error : 0.0f;
-    const float upper = t + error > 0.0f ? t + error : 0.0f;
-    near[j] -= __builtin_sqrtf(lower);
-    far[j] -= __builtin_sqrtf(upper);
+    // One root for both bounds: with s^2 = m >= 4 error, sqrt(m + error) - s < s - sqrt(m - error) <= 0.536 error / s.
+    const float least = 4.0f * error, m = t > least ? t : least;
+    const float root = __builtin_sqrtf(m), width = 0.545f * error * about_inverse_root(m);
+    near[j] -= t > least ? root - width : 0.0f;
+    far[j] -= root + width;
   }
 }
 
@@ -74,28 +83,15 @@ std::pair<at::Tensor, at::Tensor> make_plane(Metric metric, const at::Tensor& fe
   const at::Tensor plane = tiled ? at::empty({2, plane_size}, at::kChar)
                                  : at::empty({segments.count, count, segments.values}, at::kFloat);
   prefer_large_pages(plane.mutable_data_ptr(), plane.nbytes());
-  const auto copy_segments = [&](const auto* from, int64_t step, int64_t size, auto* to, int64_t to_step) {
-    for (int64_t s = 0; s < segments.count; ++s) std::copy_n(from + s * step, size, to + s * to_step);
-  };
   parallel(tasks, [&](int64_t task) {
     const int64_t first = task * kRowsOfTask, length = std::min(kRowsOfTask, count - first);
     if (!tiled) {
-      std::vector<float> buffer(segments.count * length * segments.values);
-      rows.to_floats(first, length, buffer.data());
-      copy_segments(buffer.data(), length * segments.values, length * segments.values,
-                    plane.mutable_data_ptr<float>() + first * segments.values, count * segments.values);
+      rows.to_floats(first, length, plane.mutable_data_ptr<float>() + first * segments.values, count);
       std::fill_n(lengths_data + first * segments.count, length * segments.count, kFloatLengths);
       return;
     }
-    const int64_t size = plane_values(segments, length), row_values = segments.stride * kTileDepth;
-    std::vector<int8_t> buffer(2 * size);
-    rows.to_tiles(first, length, Side::gallery, buffer.data(), buffer.data() + size,
-                  lengths_data + first * segments.count);
-    for (int64_t half = 0; half < 2; ++half) {
-      copy_segments(buffer.data() + half * size, size / segments.count, size / segments.count,
-                    plane.mutable_data_ptr<int8_t>() + half * plane_size + first * row_values,
-                    plane_size / segments.count);
-    }
+    int8_t* high = plane.mutable_data_ptr<int8_t>() + first * segments.stride * kTileDepth;
+    rows.to_tiles(first, length, Side::gallery, high, high + plane_size, lengths_data + first * segments.count, count);
   });
   return {plane, lengths};
 }
@@ -128,24 +124,27 @@ Block::Block(const Problem& problem, int64_t first, int64_t count)
       first_(first),
       count_(count),
       columns_(padded_rows(count)),
-      tile_rows_(problem.tiled() ? kTiledRows : kFloatRows) {
+      tile_rows_(problem.metric == Metric::cosine ? (problem.tiled() ? kTiledRows : kFloatRows)
+                                                 : (problem.tiled() ? kTiledPartRows : kFloatPartRows)) {
   const Segments& segments = problem.queries.segments();
   const int64_t values = segments.values;
   lengths_.resize(columns_ * segments.count);
   if (problem.tiled()) {
     unit_.emplace();
     const int64_t size = plane_values(segments, count);
-    planes_.resize(2 * size);
-    problem.queries.to_tiles(first, count, Side::query, planes_.data(), planes_.data() + size, lengths_.data());
-    rounding_ = 8.0f * kFloatUnit * (1.0f + static_cast<float>(values) / 65536.0f);
+    planes_ = at::empty({2, size}, at::kChar);
+    auto* planes = planes_.mutable_data_ptr<int8_t>();
+    prefer_large_pages(planes, planes_.nbytes());
+    problem.queries.to_tiles(first, count, Side::query, planes, planes + size, lengths_.data(), count);
+    const int64_t steps = (segments.tiles + kTilesOfStep - 1) / kTilesOfStep;
+    rounding_ = 4.0f * kFloatUnit * (1.0f + static_cast<float>(steps));
   } else {
     floats_ = at::zeros({segments.count, columns_, values}, at::kFloat);
-    std::vector<float> rows(segments.count * count * values);
-    problem.queries.to_floats(first, count, rows.data());
-    for (int64_t s = 0; s < segments.count; ++s) {
-      std::copy_n(rows.data() + s * count * values, count * values,
-                  floats_.mutable_data_ptr<float>() + s * columns_ * values);
-    }
+    parallel((count + kRowsOfTask - 1) / kRowsOfTask, [&](int64_t task) {
+      const int64_t begin = task * kRowsOfTask;
+      problem.queries.to_floats(first + begin, std::min(kRowsOfTask, count - begin),
+                                floats_.mutable_data_ptr<float>() + begin * values, columns_);
+    });
     std::fill(lengths_.begin(), lengths_.end(), kFloatLengths);
     // Any order of summation (Higham, "Accuracy and Stability of Numerical Algorithms", sec. 3.1).
     rounding_ = 1.1f * kFloatUnit * (static_cast<float>(values) + 8.0f);
@@ -185,8 +184,8 @@ void Block::product(int64_t segment, int64_t first, int64_t rows, float* out) {
   }
   const int64_t row_values = segments.stride * kTileDepth, padded = padded_rows(problem_.gallery.shape().rows);
   const int8_t* items = problem_.plane.const_data_ptr<int8_t>() + (segment * padded + first) * row_values;
-  const int8_t* queries = planes_.data() + segment * columns_ * row_values;
-  const int64_t item_planes = problem_.plane.size(1), query_planes = static_cast<int64_t>(planes_.size()) / 2;
+  const int8_t* queries = planes_.const_data_ptr<int8_t>() + segment * columns_ * row_values;
+  const int64_t item_planes = problem_.plane.size(1), query_planes = planes_.size(1);
   tile_product({items, items + item_planes}, {queries, queries + query_planes}, out, padded_rows(rows), columns_,
                segments.tiles, segments.stride);
 }

@@ -73,8 +73,8 @@ class Block {
   int64_t first_, count_, columns_, tile_rows_;
   float rounding_;  // of a product in float32, relative to the two lengths
   std::optional<TileUnit> unit_;
-  std::vector<int8_t> planes_;  // high, then low
-  at::Tensor floats_;           // (segments, columns, values), where there is no tile unit
+  at::Tensor planes_;   // int8: high, then low
+  at::Tensor floats_;   // (segments, columns, values), where there is no tile unit
   std::vector<Lengths> lengths_;  // (columns, segments)
   std::vector<float> near_, far_, scratch_, item_error_, query_error_, units_;
 };

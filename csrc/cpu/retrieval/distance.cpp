@@ -170,6 +170,7 @@ Pairs::Pairs(Metric metric, const at::Tensor& queries, const double* query_squar
       gallery_(gallery),
       query_shape_(shape_of("queries", queries)),
       gallery_shape_(shape_of("gallery", gallery)),
+      gallery_squares_(gallery_squares),
       level_(simd()),
       tolerance_(metric, gallery_shape_),
       period_(period_of(gallery_shape_.parts)) {
@@ -182,6 +183,11 @@ Pairs::Pairs(Metric metric, const at::Tensor& queries, const double* query_squar
 std::pair<const char*, size_t> Pairs::bytes(int64_t item) const {
   const size_t size = gallery_shape_.width() * gallery_.element_size();
   return {static_cast<const char*>(gallery_.const_data_ptr()) + item * size, size};
+}
+
+std::pair<const char*, size_t> Pairs::squares(int64_t item) const {
+  const int64_t parts = gallery_shape_.parts;
+  return {reinterpret_cast<const char*>(gallery_squares_ + item * parts), parts * sizeof(double)};
 }
 
 template <class T>

@@ -48,6 +48,8 @@ class Pairs {
   Metric metric() const { return metric_; }
   // The bytes of a gallery item, for finding items that are equal.
   std::pair<const char*, size_t> bytes(int64_t item) const;
+  // Those of its sums of squares.
+  std::pair<const char*, size_t> squares(int64_t item) const;
 
  private:
   template <class T>
@@ -58,6 +60,7 @@ class Pairs {
   Metric metric_;
   at::Tensor queries_, gallery_;
   Shape query_shape_, gallery_shape_;
+  const double* gallery_squares_;
   Simd level_;
   Tolerance tolerance_;
   int64_t period_;

@@ -24,11 +24,27 @@ struct Positives {
 void count_closer(const Problem& problem, const Positives& positives, const Excluded& excluded, int64_t* counts,
                   bool* open);
 
+// Queries of a block for the tile unit: as many as stay in the second-level cache, or half of them where this shares the
+// work out more evenly.
+inline int64_t tiled_columns(int64_t queries, const Segments& segments) {
+  constexpr int64_t kBytes = 15 << 16;  // half of a second-level cache
+  const int64_t threads = at::get_num_threads(), row_bytes = 2 * kTileDepth * std::min(segments.tiles, kTilesOfStep);
+  const int64_t most = std::clamp<int64_t>(kBytes / row_bytes / kRowsOfPanel, 1, 8) * kRowsOfPanel;
+  const auto longest = [&](int64_t columns) {  // queries of the busiest thread
+    return ((queries + columns - 1) / columns + threads - 1) / threads * columns;
+  };
+  int64_t best = most;
+  for (int64_t columns = most - kRowsOfPanel; 2 * columns >= most; columns -= kRowsOfPanel) {
+    if (columns > 0 && longest(columns) < longest(best)) best = columns;
+  }
+  return best;
+}
+
 // With the tile unit a thread works on a block of its own; a float32 product uses all threads by itself, and they share
 // the reading of its result.
 template <class Work>
 void for_blocks(const Problem& problem, const Work& work) {
-  constexpr int64_t kFloatColumns = 1024, kPlaneBytes = 1 << 20;  // half of a second-level cache
+  constexpr int64_t kFloatColumns = 1024;
   const int64_t queries = problem.queries.shape().rows;
   if (!problem.tiled()) {
     for (int64_t first = 0; first < queries; first += kFloatColumns) {
@@ -37,11 +53,7 @@ void for_blocks(const Problem& problem, const Work& work) {
     }
     return;
   }
-  const int64_t share = padded_rows((queries + at::get_num_threads() - 1) / at::get_num_threads());
-  const Segments& segments = problem.queries.segments();
-  const int64_t row_bytes = 2 * segments.count * segments.stride * kTileDepth;
-  const int64_t fitting = std::clamp<int64_t>(kPlaneBytes / row_bytes / kRowsOfPanel, 1, 8) * kRowsOfPanel;
-  const int64_t columns = std::min(share, fitting);
+  const int64_t columns = tiled_columns(queries, problem.queries.segments());
   parallel((queries + columns - 1) / columns, [&](int64_t task) {
     Block block(problem, task * columns, std::min(columns, queries - task * columns));
     work(block);

@@ -32,8 +32,9 @@ GAITFAST_MULTIVERSION(template <class T>, largest,
 
 // x[i] times `weights` is high + low / 254 + rest; sums of squares of the low values and of the rests per place.
 template <bool kFma, class T>
-GAITFAST_INLINE void split_row_body(const T* x, int64_t width, int64_t period, const double* weights, int8_t* high,
-                                    int8_t* low, float* low_squares, float* rest_squares) {
+GAITFAST_INLINE void split_row_body(const T* __restrict x, int64_t width, int64_t period,
+                                    const double* __restrict weights, int8_t* __restrict high, int8_t* __restrict low,
+                                    float* __restrict low_squares, float* __restrict rest_squares) {
   constexpr float kSteps = static_cast<float>(kLowSteps), kStep = 1.0f / kSteps;
   for (int64_t j = 0; j < period; ++j) low_squares[j] = rest_squares[j] = 0.0f;
   for (int64_t start = 0; start < width; start += period) {
@@ -119,10 +120,13 @@ void Rows::weigh(int64_t row, double* weights) const {
   }
 }
 
-void Rows::to_tiles(int64_t first, int64_t count, Side side, int8_t* high, int8_t* low, Lengths* lengths) const {
-  const int64_t groups = padded_rows(count) / kTileRows, group_values = segments_.stride * kTileValues;
-  if (count % kRowsOfPanel) {
-    for (int8_t* plane : {high, low}) std::fill_n(plane, plane_values(segments_, count), int8_t{0});
+void Rows::to_tiles(int64_t first, int64_t count, Side side, int8_t* high, int8_t* low, Lengths* lengths,
+                    int64_t rows) const {
+  const int64_t groups = padded_rows(rows) / kTileRows, group_values = segments_.stride * kTileValues;
+  const int64_t full = count / kRowsOfPanel * kRowsOfPanel / kTileRows, used = padded_rows(count) / kTileRows;
+  for (int64_t s = 0; s < segments_.count; ++s) {
+    const int64_t begin = (s * groups + full) * group_values, size = (used - full) * group_values;
+    for (int8_t* plane : {high, low}) std::fill_n(plane + begin, size, int8_t{0});
   }
   std::vector<int8_t> row_high(shape_.width()), row_low(shape_.width());
   std::vector<double> weights(period_), sizes(period_);
@@ -158,18 +162,18 @@ void Rows::to_tiles(int64_t first, int64_t count, Side side, int8_t* high, int8_
   });
 }
 
-void Rows::to_floats(int64_t first, int64_t count, float* out) const {
-  std::vector<float> values(shape_.width());
+void Rows::to_floats(int64_t first, int64_t count, float* out, int64_t rows) const {
+  std::vector<float> values(segments_.count == 1 ? 0 : shape_.width());
   std::vector<double> weights(period_);
-  const int64_t step = segments_.count == 1 ? 1 : shape_.parts;
   GAITFAST_DISPATCH_FEATURES(features_.scalar_type(), "to_floats", [&] {
     for (int64_t i = 0; i < count; ++i) {
       const scalar_t* x = features_.const_data_ptr<scalar_t>() + (first + i) * shape_.width();
       weigh(first + i, weights.data());
-      weigh_row(level_, x, shape_.width(), period_, weights.data(), values.data());
-      for (int64_t s = 0; s < segments_.count; ++s) {
-        float* line = out + (s * count + i) * segments_.values;
-        for (int64_t k = 0; k < segments_.values; ++k) line[k] = values[k * step + s];
+      float* line = values.empty() ? out + i * segments_.values : values.data();
+      weigh_row(level_, x, shape_.width(), period_, weights.data(), line);
+      for (int64_t s = 0; !values.empty() && s < segments_.count; ++s) {
+        float* segment = out + (s * rows + i) * segments_.values;
+        for (int64_t k = 0; k < segments_.values; ++k) segment[k] = values[k * shape_.parts + s];
       }
     }
   });

@@ -55,11 +55,12 @@ class Rows {
   const Shape& shape() const { return shape_; }
   const Segments& segments() const { return segments_; }
 
-  // Rows [first, first + count) as planes `high` and `low`, each (segments, padded rows / 16, stride, 1024), and their
-  // `lengths` (count, segments).
-  void to_tiles(int64_t first, int64_t count, Side side, int8_t* high, int8_t* low, Lengths* lengths) const;
-  // The same rows in float32: (segments, count, values).
-  void to_floats(int64_t first, int64_t count, float* out) const;
+  // Rows [first, first + count) to `high` and `low`, the first of them in planes (segments, padded rows / 16, stride,
+  // 1024), and their `lengths` (count, segments). A panel that they do not fill is filled up with zeros.
+  void to_tiles(int64_t first, int64_t count, Side side, int8_t* high, int8_t* low, Lengths* lengths,
+                int64_t rows) const;
+  // The same rows in float32, to `out`, the first of them in a tensor (segments, rows, values).
+  void to_floats(int64_t first, int64_t count, float* out, int64_t rows) const;
 
  private:
   void weigh(int64_t row, double* weights) const;

@@ -21,8 +21,12 @@ struct Planes {
   const int8_t *high, *low;
 };
 
-// out (rows, columns) = high x high^T + (high x low^T + low x high^T) / 254, gallery x query: exact in int32, rounded to
-// float32 twice, and once more for every 65,536 values of depth.
+// Depth of a step, in tiles. What a step takes of the queries stays in the second-level cache while the gallery passes;
+// all of the depth at once would leave room for fewer queries, and the gallery would have to pass more often.
+constexpr int64_t kTilesOfStep = 32;
+
+// out (rows, columns) = high x high^T + (high x low^T + low x high^T) / 254, gallery x query. Of each step exact in int32,
+// then rounded to float32 three times. The planes begin at multiples of 64 bytes, for speed.
 void tile_product(Planes gallery, Planes query, float* out, int64_t rows, int64_t columns, int64_t tiles,
                   int64_t stride);
 

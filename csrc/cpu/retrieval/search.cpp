@@ -96,11 +96,13 @@ GAITFAST_INLINE void hits_body(const float* scores, int64_t stride, int64_t colu
                                int64_t rows, const float* thresholds, std::vector<Hit>& out) {
   for (int64_t i = 0; i < rows; ++i) {
     const float* line = scores + i * stride;
-    for (int64_t j = 0; j < columns; j += kLanes) {
+    for (int64_t j = 0; j < columns; j += 2 * kLanes) {  // columns come in panels of 32
       const Ints reached = load(line + j) + item_error[i] >= load(thresholds + j);
-      if (__builtin_expect(any(reached), 0)) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          if (reached[lane]) out.push_back({static_cast<int32_t>(i), static_cast<int32_t>(j + lane)});
+      const Ints beside = load(line + j + kLanes) + item_error[i] >= load(thresholds + j + kLanes);
+      if (__builtin_expect(!any(reached | beside), 1)) continue;
+      for (int64_t lane = 0; lane < 2 * kLanes; ++lane) {
+        if (line[j + lane] + item_error[i] >= thresholds[j + lane]) {
+          out.push_back({static_cast<int32_t>(i), static_cast<int32_t>(j + lane)});
         }
       }
     }
@@ -120,22 +122,15 @@ class Lists {
     std::fill_n(thresholds_.begin(), block.count(), kAlways);
   }
 
-  // Reads the tile of items [first, first + rows) in the columns [begin, end).
+  // Reads the tile of items [first, first + rows) in the columns [begin, end), a few rows at a time: thresholds rise.
   void read(int64_t first, int64_t rows, int64_t begin, int64_t end, ExactDistances& exact) {
+    constexpr int64_t kRowsOfRun = 64;
     std::vector<Hit> found;
-    hits(problem_.level, block_.near(0) + begin, block_.columns(), end - begin, block_.item_errors(), rows,
-         thresholds_.data() + begin, found);
-    for (const Hit& hit : found) {
-      const int64_t column = begin + hit.column;
-      Shortlist& list = lists_[column];
-      const float query_error = block_.query_error(column), item_error = block_.item_errors()[hit.row];
-      const float near = block_.near(hit.row)[column] + item_error;
-      if (near < thresholds_[column]) continue;  // it rose since
-      const float far = block_.far(hit.row)[column] - item_error - query_error;
-      if (list.push(near + query_error, far, static_cast<int32_t>(first + hit.row))) {
-        list.tidy(block_.first() + column, exact);
-        thresholds_[column] = list.threshold() == kAlways ? kAlways : list.threshold() - query_error;
-      }
+    for (int64_t row = 0; row < rows; row += kRowsOfRun) {
+      found.clear();
+      hits(problem_.level, block_.near(row) + begin, block_.columns(), end - begin, block_.item_errors() + row,
+           std::min(kRowsOfRun, rows - row), thresholds_.data() + begin, found);
+      take(found, first, row, begin, exact);
     }
   }
 
@@ -144,6 +139,22 @@ class Lists {
   }
 
  private:
+  // `row`: of the tile, where the run that was looked at begins.
+  void take(const std::vector<Hit>& found, int64_t first, int64_t row, int64_t begin, ExactDistances& exact) {
+    for (const Hit& hit : found) {
+      const int64_t column = begin + hit.column, i = row + hit.row;
+      Shortlist& list = lists_[column];
+      const float query_error = block_.query_error(column), item_error = block_.item_errors()[i];
+      const float near = block_.near(i)[column] + item_error;
+      if (near < thresholds_[column]) continue;  // it rose since
+      const float far = block_.far(i)[column] - item_error - query_error;
+      if (list.push(near + query_error, far, static_cast<int32_t>(first + i))) {
+        list.tidy(block_.first() + column, exact);
+        thresholds_[column] = list.threshold() == kAlways ? kAlways : list.threshold() - query_error;
+      }
+    }
+  }
+
   const Problem& problem_;
   const Block& block_;
   std::vector<Shortlist> lists_;

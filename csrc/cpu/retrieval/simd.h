@@ -56,9 +56,9 @@ GAITFAST_INLINE Ints load(const int32_t* x) { return *reinterpret_cast<const Una
 GAITFAST_INLINE void store(Ints values, int32_t* x) { *reinterpret_cast<UnalignedInts*>(x) = values; }
 
 GAITFAST_INLINE bool any(Ints lanes) {
-  int32_t all = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) all |= lanes[lane];
-  return all != 0;
+  typedef int64_t Halves __attribute__((vector_size(64)));
+  const Halves h = reinterpret_cast<Halves>(lanes);
+  return ((h[0] | h[1]) | (h[2] | h[3]) | (h[4] | h[5]) | (h[6] | h[7])) != 0;
 }
 
 }  // namespace gaitfast::retrieval
