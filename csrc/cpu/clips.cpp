@@ -19,6 +19,7 @@ namespace gaitfast {
 namespace {
 
 constexpr int64_t kSize = Warp::kSize, kFrameBytes = kSize * kSize;
+constexpr int64_t kBackboneWidth = 44;  // columns of s_G; s_E has kSize
 
 // The first frame of a request that cannot be delivered.
 struct Failure {
@@ -39,15 +40,39 @@ void complain(const char* op, const Failure& failure) {
   TORCH_CHECK(!failure.complaint, op, ": frame ", failure.number, ": ", failure.complaint);
 }
 
-// The middle `width` columns of a frame, mirrored if `flip`.
-void cut(const uint8_t* frame, bool flip, int64_t width, uint8_t* out) {
+// A row backwards, in words and then bytes.
+inline void mirror(const uint8_t* row, int64_t width, uint8_t* out) {
+  constexpr int64_t kWord = sizeof(uint64_t);
+  int64_t x = 0;
+  for (; x + kWord <= width; x += kWord) {
+    uint64_t word;
+    std::memcpy(&word, row + width - kWord - x, kWord);
+    word = __builtin_bswap64(word);
+    std::memcpy(out + x, &word, kWord);
+  }
+  for (; x < width; ++x) out[x] = row[width - 1 - x];
+}
+
+// Always inlined, so that where the width is known the copies are of a known size.
+__attribute__((always_inline)) inline void cut_to(const uint8_t* frame, bool flip, int64_t width, uint8_t* out) {
   frame += (kSize - width) / 2;
   for (int64_t y = 0; y < kSize; ++y, frame += kSize, out += width) {
     if (flip) {
-      std::reverse_copy(frame, frame + width, out);
+      mirror(frame, width, out);
     } else {
       std::memcpy(out, frame, width);
     }
+  }
+}
+
+// The middle `width` columns of a frame, mirrored if `flip`.
+void cut(const uint8_t* frame, bool flip, int64_t width, uint8_t* out) {
+  if (width == kSize) {
+    cut_to(frame, flip, kSize, out);
+  } else if (width == kBackboneWidth) {
+    cut_to(frame, flip, kBackboneWidth, out);
+  } else {
+    cut_to(frame, flip, width, out);
   }
 }
 

@@ -27,46 +27,51 @@ class Dilation {
   void run(uint8_t* strip, int64_t rows, const int64_t* half_widths) {
     uint8_t* const padded = strip_.data() + kReach * kStride + kMargin;
     for (int64_t y = 0; y < rows; ++y) std::copy_n(strip + y * width_, width_, padded + y * kStride);
-    bool needed[kReach + 1] = {};
-    for (int64_t dy = 0; dy < kRowsOfElement; ++dy)
-      if (half_widths[dy] >= 0) needed[half_widths[dy]] = true;
-    for (int64_t h = 0; h <= kReach; ++h)
-      if (needed[h]) spread(padded, rows, h, planes_[h].data() + kReach * kColumns);
     const uint8_t* from[kRowsOfElement];
     int64_t count = 0;
-    for (int64_t dy = 0; dy < kRowsOfElement; ++dy) {
-      if (half_widths[dy] < 0) continue;
-      uint8_t* const plane = planes_[half_widths[dy]].data();
-      std::fill_n(plane, kReach * kColumns, 0);
-      std::fill_n(plane + (rows + kReach) * kColumns, kReach * kColumns, 0);
-      from[count++] = plane + dy * kColumns;
-    }
+    for (int64_t dy = 0; dy < kRowsOfElement; ++dy)
+      if (half_widths[dy] >= 0) from[count++] = plane(padded, rows, half_widths[dy]) + dy * kColumns;
+    for (auto& made : made_) made = false;
+    for (; count < kRowsOfElement; ++count) from[count] = from[0];
+    uint8_t most[kColumns];
     for (int64_t y = 0; y < rows; ++y) {
-      uint8_t most[kColumns] = {};
-      for (int64_t k = 0; k < count; ++k) raise(from[k] + y * kColumns, most);
+      largest(from, y * kColumns, most);
       std::copy_n(most, width_, strip + y * width_);
     }
   }
 
  private:
-  static void raise(const uint8_t* __restrict__ in, uint8_t* __restrict__ out) {
-    for (int64_t x = 0; x < kColumns; ++x) out[x] = std::max(out[x], in[x]);
+  static uint8_t larger(uint8_t a, uint8_t b) { return a > b ? a : b; }
+
+  static void largest(const uint8_t* const* from, int64_t at, uint8_t* __restrict__ out) {
+    static_assert(kRowsOfElement == 5);
+    const uint8_t *a = from[0] + at, *b = from[1] + at, *c = from[2] + at, *d = from[3] + at, *e = from[4] + at;
+    for (int64_t x = 0; x < kColumns; ++x) out[x] = larger(larger(larger(a[x], b[x]), larger(c[x], d[x])), e[x]);
   }
 
-  // The maxima over the columns -h..h around each pixel.
-  static void spread(const uint8_t* __restrict__ padded, int64_t rows, int64_t h, uint8_t* __restrict__ out) {
-    for (int64_t y = 0; y < rows; ++y) {
-      const uint8_t* const in = padded + y * kStride;
-      uint8_t most[kColumns];
-      std::copy_n(in, kColumns, most);
-      for (int64_t dx = 1; dx <= h; ++dx) {
-        raise(in - dx, most);
-        raise(in + dx, most);
-      }
-      std::copy_n(most, kColumns, out + y * kColumns);
+  // The maxima over the columns -h..h around each pixel, kReach rows of zeros before and behind.
+  const uint8_t* plane(const uint8_t* padded, int64_t rows, int64_t h) {
+    uint8_t* const out = planes_[h].data();
+    if (made_[h]) return out;
+    made_[h] = true;
+    std::fill_n(out, kReach * kColumns, 0);
+    std::fill_n(out + (rows + kReach) * kColumns, kReach * kColumns, 0);
+    for (int64_t y = 0; y < rows; ++y) spread(padded + y * kStride, h, out + (y + kReach) * kColumns);
+    return out;
+  }
+
+  static void spread(const uint8_t* __restrict__ in, int64_t h, uint8_t* __restrict__ out) {
+    if (h == 0) {
+      std::copy_n(in, kColumns, out);
+    } else if (h == 1) {
+      for (int64_t x = 0; x < kColumns; ++x) out[x] = larger(larger(in[x - 1], in[x]), in[x + 1]);
+    } else {
+      for (int64_t x = 0; x < kColumns; ++x)
+        out[x] = larger(larger(larger(in[x - 2], in[x - 1]), larger(in[x + 1], in[x + 2])), in[x]);
     }
   }
 
+  bool made_[kReach + 1] = {};
   int64_t width_;
   std::vector<uint8_t> strip_, planes_[kReach + 1];
 };

@@ -7,7 +7,7 @@ vector. The operations are those of dali.py; the warp alone may differ from it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from gaitfast.data import part_ops
 from gaitfast.data.chunk_store import ChunkStore
 from gaitfast.data.plan import Clip, Plan, located
+from gaitfast.data.prefetch import Prefetcher
 
 
 def augment(store: ChunkStore, clip: Clip, threads: int = 1) -> torch.Tensor:
@@ -31,13 +32,29 @@ def augment(store: ChunkStore, clip: Clip, threads: int = 1) -> torch.Tensor:
     )
 
 
-def batches(store: ChunkStore, plan: Plan, step: int, threads: int) -> Iterator[tuple[Any, None]]:
-    """Batches from `step` on, for ever, each with None: there is nothing to wait for (dali.batches)."""
+def _planned(plan: Plan, step: int) -> Iterator[tuple[Any, Sequence[Clip]]]:
     while True:
         try:
             selection = plan.select(step)
-            batch = plan.batch(selection, [augment(store, clip, threads) for clip in plan.clips(selection)])
+            clips = plan.clips(selection)
         except Exception as error:
             raise located(error, step) from error
-        yield batch, None
+        yield selection, clips
         step += 1
+
+
+def batches(store: ChunkStore, plan: Plan, step: int, threads: int) -> Iterator[tuple[Any, None]]:
+    """Batches from `step` on, for ever, each with None: there is nothing to wait for (dali.batches).
+
+    The next step is planned in a thread of its own while the operator, which needs no Python, works on this one.
+    """
+    planned = Prefetcher(_planned(plan, step), 1)
+    try:
+        for selection, clips in planned:
+            try:
+                batch = plan.batch(selection, [augment(store, clip, threads) for clip in clips])
+            except Exception as error:
+                raise located(error, selection.step) from error
+            yield batch, None
+    finally:
+        planned.close()
