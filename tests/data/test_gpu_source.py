@@ -28,7 +28,7 @@ def inflated(chunks: torch.Tensor, sizes: np.ndarray) -> np.ndarray:
 def test_the_graph_is_one_that_dali_accepts(on_device):
     """Operators, arguments and their types; whether the kernels exist is found out on a GPU."""
     options = {"batch_size": 4, "num_threads": 1, "device_id": None}
-    assert dali.gpu_clips(tuple, tuple, (64, 44), on_device, **options).serialize()
+    assert dali.gpu_clips(lambda: (), lambda: (), (64, 44), on_device, **options).serialize()
 
 
 @pytest.mark.parametrize("order", ["chunks first", "parameters first", "in turn"])
