@@ -56,8 +56,8 @@ class Case(NamedTuple):
     """Timed batches of a round."""
 
 
-QUICK, FULL = Case(64, 30, 3, 6), Case(64, 30, 7, 20)
-PEOPLE = {False: 12, True: 40}
+QUICK, FULL = Case(64, 30, 3, 6), Case(64, 30, 5, 10)
+PEOPLE = {False: 12, True: 24}
 """Walkers of --quick and of --full; each walks four times."""
 
 
@@ -215,7 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.split("\n\n")[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="within a minute; the default")
-    size.add_argument("--full", action="store_true", help="more rounds, more people, every setting: some minutes")
+    size.add_argument("--full", action="store_true", help="more rounds, more people, every setting: a minute or two")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the clips end (%(default)s)")
     parser.add_argument("--tree", type=Path, metavar="DIR", help="keep the walkers here, or find them from last time")
     parser.add_argument("--json", type=Path, metavar="FILE")
