@@ -53,10 +53,12 @@ class Case(NamedTuple):
     frames: int
     rounds: int
     batches: int
-    """Timed batches of a round."""
+    """Timed batches of a round, at least."""
+    seconds: float
+    """Least length of a round."""
 
 
-QUICK, FULL = Case(64, 30, 3, 6), Case(64, 30, 5, 10)
+QUICK, FULL = Case(64, 30, 3, 5, 0.3), Case(64, 30, 6, 6, 0.4)
 PEOPLE = {False: 12, True: 24}
 """Walkers of --quick and of --full; each walks four times."""
 
@@ -102,11 +104,13 @@ class Side:
         for _ in range(DRAIN):
             next(self._batches)
         self._wait()
-        frames = case.batches * case.batch * case.frames * 2
+        done = 0
         wall, cpu = time.perf_counter(), cpu_seconds()
-        for _ in range(case.batches):
+        while done < case.batches or time.perf_counter() - wall < case.seconds:
             next(self._batches)
+            done += 1
         self._wait()
+        frames = done * case.batch * case.frames * 2
         self.wall.append((time.perf_counter() - wall) / frames * 1e6)
         self.cpu.append((cpu_seconds() - cpu) / frames * 1e6)
         time.sleep(0.2)  # what it makes ready beyond is made now, not during the next side's turn
@@ -158,7 +162,7 @@ def sides(tree: Tree, case: Case, device: str, full: bool) -> list[Side]:
     found = [opengait(tree, case, device, workers) for workers in (0, 1, 2)]
     found.append(opengait(tree, case, device, 0, as_float=True))
     for side in found:
-        side.round(case._replace(batches=1))
+        side.round(case._replace(batches=1, seconds=0.0))
         side.wall, side.cpu = [], []
     found += [ours(tree, case, device, DataConfig(), as_float) for as_float in (False, True)]
     if device == "cpu":
@@ -236,7 +240,7 @@ def main() -> int:
         agreement = data_stages.compare(tree.dataset, case.batch, case.frames)
         print(json.dumps(agreement), flush=True)
         rows = measure(tree, case, arguments.device, arguments.full)
-        rows += data_stages.stages(tree.dataset, case.batch, case.frames, rounds=9 if arguments.full else 3)
+        rows += data_stages.stages(tree.dataset, case.batch, case.frames, rounds=5 if arguments.full else 3)
     for row in rows:
         show(row)
     headline = headline_of(rows)

@@ -61,7 +61,7 @@ def test_pairs_are_what_opengait_hands_over(tree, workers):
 
 
 def test_the_command_writes_rows_and_a_headline(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "QUICK", data.Case(batch=4, frames=5, rounds=1, batches=1))
+    monkeypatch.setattr(data, "QUICK", data.Case(batch=4, frames=5, rounds=1, batches=1, seconds=0.0))
     monkeypatch.setattr(data, "PEOPLE", {False: 2, True: 2})
     monkeypatch.setattr(sys, "argv", ["data", "--quick", "--tree", str(tmp_path), "--json", str(tmp_path / "a.json")])
     assert data.main() == 0
@@ -94,7 +94,7 @@ def test_the_other_storages_hold_the_same_clips(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("residency", ["mapped", "host", "device"])
 def test_batches_end_on_the_gpu(tree, residency):
-    case = data.Case(batch=4, frames=5, rounds=1, batches=1)
+    case = data.Case(batch=4, frames=5, rounds=1, batches=1, seconds=0.0)
     side = data.ours(tree, case, "cuda", DataConfig(residency=residency))
     side.round(case)
     side.close()
