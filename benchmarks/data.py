@@ -58,7 +58,7 @@ class Case(NamedTuple):
     """Least length of a round."""
 
 
-QUICK, FULL = Case(64, 30, 3, 5, 0.3), Case(64, 30, 6, 6, 0.4)
+QUICK, FULL = Case(64, 30, 3, 5, 0.3), Case(64, 30, 4, 5, 0.4)
 PEOPLE = {False: 12, True: 24}
 """Walkers of --quick and of --full; each walks four times."""
 
