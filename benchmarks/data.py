@@ -59,8 +59,8 @@ class Case(NamedTuple):
 
 
 QUICK, FULL = Case(64, 30, 3, 5, 0.3), Case(64, 30, 4, 5, 0.4)
-PEOPLE = {False: 12, True: 24}
-"""Walkers of --quick and of --full; each walks four times."""
+PEOPLE = {False: 16, True: 24}
+"""Walkers of --quick and of --full; each walks four times, at least once for each sample of a batch."""
 
 
 class Tree(NamedTuple):

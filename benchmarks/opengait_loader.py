@@ -194,6 +194,7 @@ def pairs(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs float64 (B, T, 64, 64) and (B, T, 64, 44) in 0..1, without end."""
     data = Pickles(root, subjects)
+    assert len(data) >= batch, f"{root}: {len(data)} sequences for batches of {batch}"
     loader = DataLoader(
         data,
         batch_sampler=RandomBatches(len(data), batch),
