@@ -36,7 +36,7 @@ from benchmarks.timing import Timing
 from gaitfast import files
 from gaitfast.cli import user_errors
 from gaitfast.config import DataConfig, UserError
-from gaitfast.data import chunk_store, packed, walkers
+from gaitfast.data import codec, packed, walkers
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.pipeline import build_loader
 
@@ -226,7 +226,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
-    if not chunk_store.compiled():
+    if not codec.compiled():
         raise UserError("benchmarks.data: the compiled extension is not there; run `make setup`")
     cv2.setNumThreads(1)  # OpenGait's arrays are small: with more threads its OpenCV is slower
     case = FULL if arguments.full else QUICK

@@ -29,9 +29,9 @@ from gaitfast import files
 from gaitfast.cli import user_errors
 from gaitfast.config import AugmentConfig, DataConfig, UserError
 from gaitfast.data import compiled, dali, packed, walkers
-from gaitfast.data.chunk_store import ChunkStore
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.plan import make_plan
+from gaitfast.data.residency import MappedChunks
 
 FRAMES, BATCH = 30, 64
 DRAIN, CALLS = 3, 5
@@ -84,10 +84,10 @@ def chunks(dataset: PackedDataset, device: str, threads: int) -> tuple[Callable,
     (clip, _) = make_plan(dataset, config, seed=0, batch=BATCH).clips(
         make_plan(dataset, config, seed=0, batch=BATCH).select(0)
     )
-    store = ChunkStore(dataset, dataset.split("train"))
+    store = MappedChunks(dataset)
     size = int(store.gather(clip.frames.ravel())[1].sum())
     if device == "cpu":
-        return lambda: compiled.augment(store, clip, threads), size
+        return lambda: compiled.augment(dataset, clip, threads), size
 
     def read() -> tuple:
         data, sizes = store.gather(clip.frames.ravel())

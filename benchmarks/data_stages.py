@@ -14,7 +14,6 @@ from benchmarks.timing import Timing
 from gaitfast import randomness
 from gaitfast.config import AugmentConfig, DataConfig
 from gaitfast.data import compiled, reference
-from gaitfast.data.chunk_store import ChunkStore
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.plan import Clip, make_plan
 
@@ -29,13 +28,12 @@ TWO_WARPS = 4.0
 def compare(dataset: PackedDataset, batch: int, frames: int, steps: int = 4) -> dict:
     """Asserts that both make the same clips of the same frames by the same parameters. Returns how nearly."""
     config = DataConfig(frames=frames)
-    store = ChunkStore(dataset, dataset.split("train"))
     plan = make_plan(dataset, config, seed=SEED, batch=batch)
     largest, unequal, pixels, twice = 0, 0, 0, []
     for step in range(steps):
         selection = plan.select(step)
         for clip, purpose in zip(plan.clips(selection), ("augmentation of s_E", "augmentation of s_G")):
-            ours = compiled.augment(store, clip, threads=2).numpy().astype(np.int64)
+            ours = compiled.augment(dataset, clip, threads=2).numpy().astype(np.int64)
             drawn = contender.drawn_by_engine(
                 config.augment, seed=SEED, purpose=purpose, step=step, sample=selection.sample
             )
@@ -77,7 +75,6 @@ def stages(dataset: PackedDataset, batch: int, frames: int, rounds: int) -> list
     """One row for each operation on all clips of a batch, in microseconds per frame on one thread: (median, 20th, 80th
     percentile). `ours`: the compiled operator with that operation alone drawn, decoding included, as it must be;
     `reference`: NumPy and OpenCV on uint8; `opengait`: its transform alone, on what it works on."""
-    store = ChunkStore(dataset, dataset.split("train"))
     pixels: dict[int, list[np.ndarray]] = {}
     rows = []
     for stage, augment in (
@@ -106,14 +103,14 @@ def stages(dataset: PackedDataset, batch: int, frames: int, rounds: int) -> list
                     reference.augment_clip(each, clip.parameters, i)
 
         sides = {
-            "ours": lambda pair=pair: [compiled.augment(store, clip) for clip, _ in pair],
+            "ours": lambda pair=pair: [compiled.augment(dataset, clip) for clip, _ in pair],
             "reference": by_reference,
             "opengait": by_opengait,
         }
         if stage == "decode":
             sides = {"ours": sides["ours"]}
         rows.append({"stage": stage, "us_per_frame": _timed(sides, rounds, 2 * batch * frames)})
-    clips = [compiled.augment(store, clip) for clip, _ in pair]
+    clips = [compiled.augment(dataset, clip) for clip, _ in pair]
     as_float = [list(clip.numpy() / 255.0) for clip in clips]
     numbers = np.concatenate([clip.frames.ravel() for clip, _ in pair])
     sample = np.arange(batch)
@@ -125,7 +122,7 @@ def stages(dataset: PackedDataset, batch: int, frames: int, rounds: int) -> list
                 "opengait": lambda: [contender.hand_over(clip, "cpu").float() for clip in as_float],
             },
         ),
-        ("chunks for a decoder on a GPU", {"ours": lambda: store.gather(numbers)}),
+        ("chunks for a decoder on a GPU", {"ours": lambda: dataset.chunk_bytes(numbers)}),
         ("random numbers of one clip", {"ours": lambda: randomness.uniform(SEED, "x", 0, sample, 28)}),
         ("what to read, and parameters", {"ours": _planning(dataset, batch, frames)}),
     ):

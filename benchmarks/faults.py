@@ -223,9 +223,12 @@ class Campaign:
         require(codes == [0], f"{run.folder}: the jump of the clock ended it with {codes}; see {run.log}")
         return {"seconds": jump} if going else None
 
-    def go(self, faults: list[str], tell: Callable[[str], None]) -> None:
+    def go(self, faults: list[str], deadline: float, tell: Callable[[str], None]) -> None:
+        """Strike until all faults were done or the deadline is over, then finish what is open."""
         do = {name: getattr(self, name) for name in (*KILLS, "term", "launcher", "clock")} | {"disk": self.fill_disk}
         for number, fault in enumerate(faults, 1):
+            if time.monotonic() > deadline:
+                break
             ranks = 2 if fault in ("rank", "launcher") else 1
             facts = None
             while facts is None:  # a run that ended before the fault came is no test of it
@@ -316,6 +319,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="kills, besides the other faults (default: 200)")
     parser.add_argument("--steps", type=int, default=18, help="of a run (default: 18)")
+    parser.add_argument("--minutes", type=float, default=120, help="strike no longer than this (default: 120)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which they come")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -331,7 +335,7 @@ def main() -> int:
         campaign = Campaign(folder, arguments.seed, arguments.steps)
         campaign.undisturbed()
         faults = plan(arguments.kills, campaign.rng, disk)
-        campaign.go(faults, lambda text: print(text, flush=True))
+        campaign.go(faults, started + 60 * arguments.minutes, lambda text: print(text, flush=True))
     finally:
         logs = sorted(folder.glob("*.log"))
         if sys.exc_info()[0] and logs:

@@ -46,6 +46,7 @@ PARTS = (
     Part("kernel tests", 130, ("-m", "pytest", "-m", "gpu", "tests/kernels", *PARALLEL)),
     Part("kernels", 80, ("-m", "benchmarks.kernels", "--full", "--budget", "{seconds}", "--json", "{json}")),
     Part("denoiser", 130, ("-m", "benchmarks.denoiser", "--full", "--json", "{json}")),
+    Part("step", 90, ("-m", "benchmarks.step", "--no-memory", "--seconds", "8", "--json", "{json}")),
     Part("other tests", 40, ("-m", "pytest", "-m", "gpu", "--ignore=tests/kernels", "--continue-on-collection-errors")),
     Part("memory accesses", 60, ("benchmarks/gpu_retrieval.sh",)),
     Part("sweep", 300, ("-m", "benchmarks.sweep", "--budget", "{seconds}", "--json", "{json}")),

@@ -15,19 +15,48 @@ TORCH_LIBRARY(gaitfast, m) {
   m.def("inflate_frames(Tensor bytes, Tensor offset, Tensor size, int frame_bytes) -> Tensor");
   // The CRC-32 of each block as int64 (n); -1 where a block leaves `bytes`.
   m.def("chunk_crc32(Tensor bytes, Tensor offset, Tensor size) -> Tensor");
-  // Frames `numbers` int64 (B, T) of a packed dataset, whose shards have `frames` uint8 (any), `offsets` int64 (n + 1) and
-  // `sums` uint32 (n), and `first` int64 (shards + 1) numbers their frames: checked, decoded and augmented (augment.py)
-  // to uint8 (B, T, 64, width) on `threads` threads. matrix: float64 (B, 3, 3); warp, flip: bool (B).
+  // Frames uint8 (n, 4096) -> LZ4 blocks back to back uint8 (any), their sizes int64 (n) and CRC-32 int64 (n).
+  m.def("compress_frames(Tensor frames) -> (Tensor bytes, Tensor sizes, Tensor crc)");
+  // Frames numbers[i] of shards[i], each shard mapped: data uint8, offsets int64 (frames + 1), crc int32 (frames), whose
+  // bits are those of uint32. problem int64 (2): the first bad row or -1, and what is wrong with it (csrc/cpu/shards.cpp).
   m.def(
-      "augment_clips(Tensor[] frames, Tensor[] offsets, Tensor[] sums, Tensor first, Tensor numbers, int width, "
+      "read_frames(Tensor[] data, Tensor[] offsets, Tensor[] crc, Tensor shards, Tensor numbers, int frame_bytes) -> "
+      "(Tensor frames, Tensor problem)");
+  // Their blocks as they are, back to back, and the sizes int64 (n).
+  m.def(
+      "read_chunks(Tensor[] data, Tensor[] offsets, Tensor[] crc, Tensor shards, Tensor numbers) -> "
+      "(Tensor bytes, Tensor sizes, Tensor problem)");
+  // The same frames, n = B T of them, as clips: augmented (gaitfast/data/augment.py) to uint8 (B, T, 64, width) on `threads`
+  // threads. matrix: float64 (B, 3, 3); warp, flip: bool (B); the others as in part_ops_.
+  m.def(
+      "augment_clips(Tensor[] data, Tensor[] offsets, Tensor[] crc, Tensor shards, Tensor numbers, int width, "
       "Tensor matrix, Tensor warp, Tensor flip, Tensor half_widths, Tensor dilate_rows, Tensor blur_rows, int threads)"
-      " -> Tensor");
-  // The chunks of frames `numbers` int64 (n), checked, back to back, uint8 (sum of sizes), and their sizes, int64 (n).
+      " -> (Tensor clips, Tensor problem)");
+  // Philox words as int64 (n, count): gaitfast/randomness.py, bits.
+  m.def("philox_bits(int key0, int key1, int step, Tensor sample, int count) -> Tensor");
+  // int64 (n, count): gaitfast/data/sampling.py, unordered_frames.
   m.def(
-      "gather_chunks(Tensor[] frames, Tensor[] offsets, Tensor[] sums, Tensor first, Tensor numbers)"
-      " -> (Tensor, Tensor)");
+      "unordered_frames(int key0, int key1, int step, Tensor sample, Tensor length, Tensor meant, int count) -> Tensor");
   // Dilation, then blur and threshold, of rows [first, last) of each clip (B, T, H, W), in place.
   m.def("part_ops_(Tensor(a!) clips, Tensor half_widths, Tensor dilate_rows, Tensor blur_rows) -> ()");
+
+  // Between the convolutions of a plain stack (gaitfast/models/stack.py), CPU. Maps (F, C, H, W), channels_last, float32
+  // or bfloat16. LeakyReLU of the maxima of 2 x 2 windows, and which entry won (uint8, the first of equal ones).
+  m.def("pool_leaky(Tensor x, float slope) -> (Tensor, Tensor)");
+  m.def("pool_leaky_backward(Tensor gradient, Tensor out, Tensor code, int height, int width, float slope) -> Tensor");
+  // The gradient before a LeakyReLU whose result is `out`, in place.
+  m.def("leaky_backward_(Tensor(a!) gradient, Tensor out, float slope) -> ()");
+  // Maxima over the frames of clips (N, S, M), at most 256, and which frame won: (N, M), uint8 (N, M); and back.
+  m.def("frames_max(Tensor x) -> (Tensor, Tensor)");
+  m.def("frames_max_backward(Tensor gradient, Tensor which, int frames) -> Tensor");
+  // Products of the denoiser on the CPU (kernels/convolution.py), bfloat16, channels last.
+  // Whether weight_gradient runs here.
+  m.def("has_row_products() -> bool", &gaitfast::convolution::has_row_products);
+  // left (F, H, W, M), right (F, H', W', N) -> float32: the sum over sites of left times right's patches
+  // (M, N, kernel, kernel), and the sum of left (M).
+  m.def("weight_gradient(Tensor left, Tensor right, int kernel, int stride, int padding) -> (Tensor, Tensor)");
+  // (M, N, kernel, kernel) -> bfloat16 (sites' * M, height * width * N): the convolution of one frame as a matrix.
+  m.def("dense_weight(Tensor weight, int height, int width, int stride, int padding) -> Tensor");
 
   // Exact retrieval (gaitfast/retrieval). Features (N, C, P), float32, float16 or bfloat16, one type on both sides.
   // Sums of squares per part, float64 (N, P).
@@ -52,4 +81,25 @@ TORCH_LIBRARY(gaitfast, m) {
   m.def(
       "pair_distances(Tensor queries, Tensor query_squares, Tensor gallery, Tensor gallery_squares, Tensor rows, "
       "Tensor items, str metric, bool exact) -> Tensor");
+
+  // Which instructions the denoiser's operations use: generic, avx2, avx512 or amx.
+  m.def("denoiser_instructions() -> str", &gaitfast::denoiser::instructions);
+  // The denoiser's operations (gaitfast.kernels says what they compute), float32 or bfloat16. The second result: mean and
+  // 1 / deviation of each group, float32 (B, 2, G).
+  m.def(
+      "group_norm_film_silu(Tensor x, Tensor weight, Tensor bias, int groups, Tensor? scale, Tensor? shift, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "group_norm_film_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, int groups, Tensor? scale, "
+      "Tensor? shift, Tensor stats) -> (Tensor, Tensor, Tensor)");
+  m.def("layer_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("temporal_attention(Tensor qkv, Tensor bias, Tensor rotation, int heads) -> Tensor");
+  m.def(
+      "temporal_attention_backward(Tensor grad, Tensor qkv, Tensor bias, Tensor rotation, int heads) -> (Tensor, Tensor)");
+  m.def("spatial_attention(Tensor qkv, int heads) -> Tensor");
+  m.def("spatial_attention_backward(Tensor grad, Tensor qkv, int heads) -> Tensor");
+  m.def("linear_attention(Tensor qkv, int heads) -> Tensor");
+  m.def("linear_attention_backward(Tensor grad, Tensor qkv, int heads) -> Tensor");
+  m.def("film(Tensor time, Tensor condition, Tensor weight, Tensor bias) -> Tensor");
 }

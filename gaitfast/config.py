@@ -1,4 +1,4 @@
-"""Every option, once, as typed dataclasses; the DeepSpeed dict is derived here and nowhere else.
+"""Every option, once, as typed dataclasses; the DeepSpeed dict is derived in engine_config.py and nowhere else.
 
 A config file holds only what differs from the defaults below, the paper's (Table 6 for pretraining; OpenGait's
 recipe for transfer). An unknown key is an error that names the nearest one. `--set a.b=c` overrides one value; the
@@ -8,11 +8,11 @@ resolved config is written into the run folder. How a file is read: strict_yaml.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from gaitfast.engine_config import ProfileConfig, batch_per_rank, deepspeed_config
 from gaitfast.strict_yaml import UserError, check, check_choice, dump, load, to_dict
 
-__all__ = ["UserError", "dump", "load", "to_dict"]
+__all__ = ["UserError", "batch_per_rank", "deepspeed_config", "dump", "load", "to_dict"]
 
 BACKBONES = ("gaitset", "gaitpart", "gaitgl", "smplgait", "gaitbase")
 VARIANTS = ("gait3d", "grew", "casia-b", "ou-mvlp", "grew-bnneck", "grew-baseline", "ou-mvlp-baseline")
@@ -70,8 +70,12 @@ class SourceConfig:
     compiled operator, which was measured to be faster there."""
     residency: str = "mapped"
     """Where the packed split lies: `mapped` files, `host` memory (page-locked for a GPU), or the `device`'s memory."""
+    corrupt: str = "refuse"
+    """A frame that does not match its checksum: `refuse` stops, `skip` warns and takes the nearest sound frame of its
+    sequence instead."""
 
     def __post_init__(self) -> None:
+        check_choice(self.corrupt, ("refuse", "skip"), "data.corrupt")
         check_choice(self.split, ("train", "test", "all"), "data.split")
         check(1 <= self.frames <= 64, "data.frames", f"lies in 1..64, got {self.frames}")
         check_choice(self.sampler, ("auto", "unordered", "ordered"), "data.sampler")
@@ -194,6 +198,8 @@ class LengthConfig:
     zero_stage: int = 2
     accumulation: int = 1
     """Micro-batches into which each rank's share of the batch is cut."""
+    keep_memory: bool = True
+    """On a CPU: memory that a step frees stays with the process for the next one, which saves clearing it anew."""
     timeout: int = 600
     """Seconds that a process waits for the others, at the start and in every exchange, before it gives up."""
     stop_after: int = 0
@@ -214,9 +220,16 @@ class TrainConfig(LengthConfig):
 
     batch: int = 64
     """Sequences in the global batch of one optimizer step (Gait3D 64, GREW 128)."""
+    encode_ahead: bool = False
+    """Encode the next batch while a step trains, on a stream of its own; the same latents. Holds one batch more."""
+    compile: str = "none"
+    """torch.compile around the objective's forward and backward pass: none, default, reduce-overhead (with CUDA graphs)
+    or max-autotune. For ZeRO stages 0 to 2."""
 
     def __post_init__(self) -> None:
         LengthConfig.__post_init__(self)
+        check_choice(self.compile, ("none", "default", "reduce-overhead", "max-autotune"), "train.compile")
+        check(self.compile == "none" or self.zero_stage < 3, "train.compile", "needs train.zero_stage 0, 1 or 2")
         check(self.batch >= 1, "train.batch", f"must be positive, got {self.batch}")
 
     @property
@@ -290,6 +303,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     log_every: int = 50
 
     def __post_init__(self) -> None:
@@ -465,41 +479,7 @@ class TransferConfig:
     train: TransferTrainConfig = field(default_factory=TransferTrainConfig)
     eval: TransferEvalConfig = field(default_factory=TransferEvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     log_every: int = 50
 
     __post_init__ = PretrainConfig.__post_init__
-
-
-# --- what follows from a config ---------------------------------------------------------------------------------------
-
-
-def batch_per_rank(train: TrainConfig | TransferTrainConfig, world_size: int) -> int:
-    """Sequences of the global batch that one rank takes. UserError if the batch does not divide."""
-    check(
-        train.sequences % (world_size * train.accumulation) == 0,
-        "train.batch",
-        f"{train.sequences} does not divide by {world_size} ranks x {train.accumulation} accumulation steps",
-    )
-    return train.sequences // world_size
-
-
-def deepspeed_config(config: PretrainConfig | TransferConfig, world_size: int) -> dict:
-    """The dict for `deepspeed.initialize`: ZeRO stage, precision, accumulation; the schedule is in engine/zero.py."""
-    train = config.train
-    micro = batch_per_rank(train, world_size) // train.accumulation
-    precision: dict[str, Any] = {}
-    if train.precision != "fp32":
-        # Autocast with float32 master weights: what the paper's AMP did, and the norms keep float32 parameters.
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
-        precision["torch_autocast"] = {"enabled": True, "dtype": dtype}
-    return {
-        "train_batch_size": train.sequences,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": config.optimizer.clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": train.zero_stage},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-        **precision,
-    }

@@ -328,7 +328,19 @@ def _files() -> list[Check]:
     return [*checks, Check("chromium", OK, browser) if browser else absent]
 
 
-def examine(thorough: bool = False) -> dict[str, list[Check]]:
+def _needs(file: str) -> list[Check]:
+    """The memory of a run with this config, on this machine."""
+    from gaitfast import needs
+    from gaitfast.config import UserError
+
+    try:
+        fits, line = needs.on_paper(file)
+    except UserError as error:
+        return [Check("memory", MISSING, str(error))]
+    return [Check("memory", OK if fits else CHECK, line)]
+
+
+def examine(thorough: bool = False, config: str | None = None) -> dict[str, list[Check]]:
     """Every check, by section. A check that fails itself becomes a line that says so."""
     torch, broken = _torch()
     sections: dict[str, Callable[[], list[Check]]] = {
@@ -339,6 +351,8 @@ def examine(thorough: bool = False) -> dict[str, list[Check]]:
         "distributed": lambda: _distributed(torch),
         "files and tools": _files,
     }
+    if config:
+        sections[f"a run of {config}"] = lambda: _needs(config)
     result = {}
     for title, check in sections.items():
         try:
@@ -377,10 +391,11 @@ def _print(sections: dict[str, list[Check]], colour: bool) -> None:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--thorough", action="store_true", help="import every package for real (slower)")
+    parser.add_argument("--config", metavar="FILE", help="also say what memory a run with this config needs")
 
 
 def main(args: argparse.Namespace) -> int:
-    sections = examine(args.thorough)
+    sections = examine(args.thorough, args.config)
     healthy = ready(sections)
     if args.json:
         plain = {title: [asdict(check) for check in checks] for title, checks in sections.items()}

@@ -19,20 +19,22 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from gaitfast import kernels
+from gaitfast import kernels, needs
 from gaitfast.cli import user_errors
 from gaitfast.config import PretrainConfig, load
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.pipeline import build_loader
 from gaitfast.data.sampling import Sampler
-from gaitfast.diffusion import NoiseSchedule, loss_weights
+from gaitfast.diffusion import NoiseSchedule
 from gaitfast.diffusion.objective import DiffusionObjective
 from gaitfast.engine import world
+from gaitfast.engine.ahead import EncodeAhead, Encoded
 from gaitfast.engine.portable import save_backbone
 from gaitfast.engine.run import TrainingRun
 from gaitfast.engine.zero import Group, ZeroEngine, learning_rate_factor
 from gaitfast.measure import Measures
-from gaitfast.models import build_autoencoder, build_denoiser, build_recognizer
+from gaitfast.models import build_autoencoder
+from gaitfast.needs import pretraining_objective
 from gaitfast.pictures import write_pictures
 from gaitfast.randomness import normal_tensor, uniform_tensor
 
@@ -64,19 +66,17 @@ class Pretraining(TrainingRun):
 
     def __init__(self, config: PretrainConfig, process: world.World):
         super().__init__(config, process)
-        dataset = PackedDataset.open(config.data.path)
-        recognizer = build_recognizer(
-            config.backbone.name, config.backbone.variant, width=config.backbone.width, seed=config.seed
-        )
+        dataset = PackedDataset.open(config.data.path, corrupt=config.data.corrupt)
+        recognizer, objective = pretraining_objective(config)
         backbone = recognizer.backbone
         self.sampling = recognizer.sampling
         self.autoencoder = build_autoencoder(config.autoencoder.weights).to(process.device)
         self.schedule = NoiseSchedule(config.diffusion.schedule)
-        weights = loss_weights(
-            self.schedule, config.diffusion.weighting, config.diffusion.gamma, config.diffusion.normalize_weights
-        )
-        denoiser = build_denoiser(config.denoiser.dim, cond_dim=recognizer.feature_channels, seed=config.seed)
-        objective = DiffusionObjective(backbone, denoiser, self.schedule, weights, config.diffusion.pooling)
+        denoiser = objective.denoiser
+        # Before ZeRO takes the weights apart.
+        _, memory = needs.report(config, objective.to(process.device), process.device, process.size)
+        if config.train.compile != "none":
+            objective.compile(mode=config.train.compile, dynamic=False)
         groups = [
             Group("denoiser", list(denoiser.parameters()), self._rate(config.optimizer.lr_denoiser, 0)),
             Group(
@@ -94,6 +94,7 @@ class Pretraining(TrainingRun):
             batch=config.train.batch,
         )
         self.begin(ZeroEngine(objective, groups, config, process), dataset, sampler.sequences)
+        self.meters.say(memory)
         self.measures = Measures(config, dataset, self.encode, self.sampling, process)
         first = process.rank * self.per_rank
         self.samples = torch.arange(first, first + self.per_rank, device=process.device)
@@ -118,11 +119,14 @@ class Pretraining(TrainingRun):
         timestep = 1 + (draws[:, 0] * self.schedule.timesteps).to(torch.int64)
         drop = draws[:, 1] < config.diffusion.p_uncond
         losses = []
+        latents = None
+        if isinstance(batch, Encoded):
+            batch, latents, _ = batch
         micro = self.per_rank // config.train.accumulation
         for first in range(0, self.per_rank, micro):
             part = slice(first, first + micro)
             loss = self.engine.engine(
-                self.encode(batch.clip_e[part]),
+                self.encode(batch.clip_e[part]) if latents is None else latents[part],
                 batch.clip_g[part].float() / 255,
                 noise[part],
                 timestep[part],
@@ -131,6 +135,11 @@ class Pretraining(TrainingRun):
             self.engine.backward_and_step(loss)
             losses.append(loss.detach().float())
         return torch.stack(losses).mean()
+
+    def go(self, build_loader: Callable[..., Any]) -> None:
+        if not self.config.train.encode_ahead:
+            return super().go(build_loader)
+        return super().go(lambda *a, **k: EncodeAhead(build_loader(*a, **k), self.encode, self.world.device))
 
     def measure(self, objective: DiffusionObjective) -> dict[str, float]:
         with self.engine.autocast():

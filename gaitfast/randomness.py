@@ -7,6 +7,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 
@@ -41,22 +42,39 @@ def _mul_torch(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return (product >> 32) & _MASK, product & _MASK
 
 
-def _key(seed: int, purpose: str) -> tuple[int, int]:
+def key(seed: int, purpose: str) -> tuple[int, int]:
     """The two key words. The purpose enters as its CRC, so streams of different purposes never meet."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must lie in 0..2^63-1, got {seed}")
     return (seed ^ zlib.crc32(purpose.encode())) & _MASK, (seed >> 32) & _MASK
 
 
+@functools.cache
+def compiled() -> bool:
+    """Whether the extension is built, with its generator of the same numbers."""
+    try:
+        import gaitfast._C  # noqa: F401
+    except ImportError:
+        return False
+    return hasattr(torch.ops.gaitfast, "philox_bits")
+
+
 def bits(seed: int, purpose: str, step: int, sample: np.ndarray, count: int) -> np.ndarray:
     """Uniform 32-bit words (len(sample), count), as uint64. `sample` are int64 sample numbers of the global batch."""
+    if compiled():
+        sample = torch.from_numpy(np.ascontiguousarray(sample, np.int64))
+        return torch.ops.gaitfast.philox_bits(*key(seed, purpose), step, sample, count).numpy().view(np.uint64)
+    return _numpy_bits(seed, purpose, step, sample, count)
+
+
+def _numpy_bits(seed: int, purpose: str, step: int, sample: np.ndarray, count: int) -> np.ndarray:
     sample = np.asarray(sample, np.uint64)
     blocks = -(-count // 4)
     c0 = np.broadcast_to(np.arange(blocks, dtype=np.uint64), (len(sample), blocks))
     c1 = np.broadcast_to(sample[:, None] & np.uint64(_MASK), c0.shape)
     c2 = np.full(c0.shape, step & _MASK, np.uint64)
     c3 = np.full(c0.shape, (step >> 32) & _MASK, np.uint64)
-    key0, key1 = (np.uint64(k) for k in _key(seed, purpose))
+    key0, key1 = (np.uint64(k) for k in key(seed, purpose))
     with np.errstate(over="ignore"):
         words = _philox((c0, c1, c2, c3), key0, key1, _mul_numpy)
     return np.stack(words, axis=-1).reshape(len(sample), blocks * 4)[:, :count]
@@ -80,7 +98,7 @@ def _torch_words(seed: int, purpose: str, step: int, sample: torch.Tensor, count
     c1 = (sample.to(torch.int64) & _MASK)[:, None].expand_as(c0)
     c2 = torch.full_like(c0, step & _MASK)
     c3 = torch.full_like(c0, (step >> 32) & _MASK)
-    words = _philox((c0, c1, c2, c3), *_key(seed, purpose), _mul_torch)
+    words = _philox((c0, c1, c2, c3), *key(seed, purpose), _mul_torch)
     return torch.stack(words, dim=-1).reshape(len(sample), blocks * 4)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from gaitfast import needs
 from gaitfast.cli import user_errors
 from gaitfast.config import TransferConfig, UserError, load
 from gaitfast.data.batch import RecognitionBatch
@@ -85,7 +86,7 @@ class Transfer(TrainingRun):
 
     def __init__(self, config: TransferConfig, process: world.World):
         super().__init__(config, process)
-        dataset = PackedDataset.open(config.data.path)
+        dataset = PackedDataset.open(config.data.path, corrupt=config.data.corrupt)
         self.evaluated = PackedDataset.open(config.eval.path) if config.eval.path else dataset
         self.protocol = protocols.resolve(config.eval.protocol, self.evaluated)
         protocols.check(self.protocol, self.evaluated)
@@ -120,8 +121,10 @@ class Transfer(TrainingRun):
             smoothing=config.identity.smoothing,
             freeze=config.transfer.freeze,
         )
+        _, memory = needs.report(config, recognizer.to(process.device), process.device, process.size)
         engine = ZeroEngine(objective, groups(recognizer, config), config, process)
         self.begin(engine, dataset, sampler.sequences, quantities=objective.quantities)
+        self.meters.say(memory)
 
     def train_step(self, batch: RecognitionBatch, step: int) -> torch.Tensor:
         loss, quantities = self.engine.engine(batch.silhouettes.float() / 255, batch.label, batch.lengths)

@@ -38,6 +38,17 @@ def test_numpy_equals_torch(seed, step):
     assert ours.min() >= 0 and ours.max() < 1
 
 
+@pytest.mark.skipif(not randomness.compiled(), reason="gaitfast._C is not built")
+@pytest.mark.parametrize("count", [0, 1, 4, 31, 33, 1000])
+@pytest.mark.parametrize("step", [0, 2**31 + 1, 2**40 + 3])
+def test_the_compiled_generator_gives_the_same_bits(step, count):
+    sample = np.array([0, 7, 2**32 - 1, 2**33 + 5])
+    for seed in (0, 2**62 + 3):
+        words = randomness.bits(seed, "purpose", step, sample, count)
+        assert words.dtype == np.uint64 and words.shape == (4, count)
+        assert np.array_equal(words, randomness._numpy_bits(seed, "purpose", step, sample, count))
+
+
 def test_a_draw_depends_only_on_its_address():
     every = randomness.uniform(1, "a", 5, np.arange(8), 6)
     assert np.array_equal(randomness.uniform(1, "a", 5, np.array([6, 2]), 3), every[[6, 2], :3])

@@ -14,6 +14,9 @@
 
 namespace gaitfast {
 
+inline constexpr int64_t kFrameWidth = 64, kFrameBytes = 64 * 64;
+inline constexpr int64_t kLargestBlock = kFrameBytes + kFrameBytes / 255 + 16;
+
 // Copies of literals move this many bytes at once, copies of matches kRowBytes, and both may write as many too far where
 // there is room: what lies behind is written later anyway. A silhouette is a hundred short copies, and branches that cannot
 // be foreseen cost the most: so lengths are not told apart (0.78 us a frame; 1.00 with loops of the exact length).
@@ -83,7 +86,8 @@ inline void inflate_usual(const uint8_t*& in_, const uint8_t* const in_end, uint
   out_ = out;
 }
 
-// True when [in, in_end) is a well-formed block that yields exactly [out, out_end). Up to `cap` memory may be written.
+// True when [in, in_end) is a well-formed block that yields exactly [out, out_end). Up to `cap`, which is not before out_end,
+// memory may be written.
 inline bool inflate_block(const uint8_t* in, const uint8_t* in_end, uint8_t* out, uint8_t* const out_end,
                           uint8_t* const cap) {
   uint8_t* const out_begin = out;
@@ -109,6 +113,10 @@ inline bool inflate_block(const uint8_t* in, const uint8_t* in_end, uint8_t* out
     out += length;
   }
   return false;  // an empty block, or one that ends with a match
+}
+
+inline bool inflate_block(const uint8_t* in, const uint8_t* in_end, uint8_t* out, uint8_t* out_end) {
+  return inflate_block(in, in_end, out, out_end, out_end);
 }
 
 using Table = std::array<std::array<uint32_t, 256>, 8>;

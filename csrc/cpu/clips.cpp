@@ -1,4 +1,4 @@
-// Compressed chunks of a packed dataset -> augmented clips, and -> one run of bytes for a decoder on the device.
+// Compressed chunks of a packed dataset -> augmented clips.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "buffers.h"
+#include "bus_guard.h"
+#include "chunks.h"
 #include "part_ops.h"
 #include "retrieval/workers.h"
 #include "shards.h"
@@ -18,27 +20,14 @@
 namespace gaitfast {
 namespace {
 
-constexpr int64_t kSize = Warp::kSize, kFrameBytes = kSize * kSize;
+constexpr int64_t kSize = Warp::kSize;
 constexpr int64_t kBackboneWidth = 44;  // columns of s_G; s_E has kSize
 
-// The first frame of a request that cannot be delivered.
+// The first row of a request that cannot be delivered.
 struct Failure {
-  int64_t number = 0;
-  Complaint complaint = nullptr;
+  int64_t row = 0;
+  Problem problem = kSound;
 };
-
-void check_numbers(const char* op, const at::Tensor& numbers, const Shards& shards) {
-  TORCH_CHECK(numbers.scalar_type() == at::kLong && numbers.is_contiguous(), op, ": numbers must be contiguous int64");
-  const int64_t* number = numbers.const_data_ptr<int64_t>();
-  TORCH_CHECK(std::all_of(number, number + numbers.numel(),
-                          [&](int64_t n) { return 0 <= n && n < shards.num_frames(); }),
-              op, ": numbers lie in 0..", shards.num_frames() - 1);
-}
-
-// gaitfast/data/chunk_store.py reads this message.
-void complain(const char* op, const Failure& failure) {
-  TORCH_CHECK(!failure.complaint, op, ": frame ", failure.number, ": ", failure.complaint);
-}
 
 // A row backwards, in words and then bytes.
 inline void mirror(const uint8_t* row, int64_t width, uint8_t* out) {
@@ -90,35 +79,51 @@ struct Scratch {
   PartOps::Scratch parts;
 };
 
-Failure augment_clip(const Shards& shards, const int64_t* numbers, int64_t frames, const Geometry& geometry,
-                     const PartOps& ops, int64_t i, Scratch& scratch, uint8_t* out) {
+Failure augment_clip(const Request& wanted, int64_t i, int64_t frames, const Geometry& geometry, const PartOps& ops,
+                     Scratch& scratch, uint8_t* out) {
   const int64_t width = geometry.width, bytes = kSize * width;
   const bool warped = geometry.warp[i], flip = geometry.flip[i];
-  for (int64_t t = 0; t < frames; ++t) {
-    Chunk chunk;
-    if (const Complaint complaint = shards.find(numbers[t], chunk)) return {numbers[t], complaint};
-    uint8_t* const frame = scratch.decoded.data() + (warped ? t * Warp::kStride : 0);
-    if (!inflate_block(chunk.data, chunk.data + chunk.size, frame, frame + kFrameBytes, frame + kFrameBytes + kSlack))
-      return {numbers[t], "is not an LZ4 block of one frame"};
-    if (!warped) cut(frame, flip, width, out + t * bytes);
-  }
+  uint8_t* const decoded = scratch.decoded.data();
+  volatile int64_t t = 0, problem = kSound;  // volatile: read after the jump
+  const bool sound = readable([&] {
+    while (t < frames) {
+      const Shard& shard = wanted.of(i * frames + t);
+      const int64_t number = wanted.frame(i * frames + t);
+      int64_t offset, size;
+      if (!locate(shard, number, offset, size) || crc32(shard.data + offset, size) != uint32_t(shard.crc[number])) {
+        problem = kChecksum;
+        return;
+      }
+      const uint8_t* const block = shard.data + offset;
+      uint8_t* const frame = decoded + (warped ? t * Warp::kStride : 0);
+      if (!inflate_block(block, block + size, frame, frame + kFrameBytes, frame + kFrameBytes + kSlack)) {
+        problem = kBlock;
+        return;
+      }
+      if (!warped) cut(frame, flip, width, out + t * bytes);
+      t = t + 1;
+    }
+  });
+  if (!sound || problem != kSound) return {i * frames + t, sound ? Problem(int64_t(problem)) : kUnreadable};
   if (warped) {
     scratch.warp.prepare(geometry.matrix + 9 * i, width);
-    scratch.warp.run(scratch.decoded.data(), frames, out);
+    scratch.warp.run(decoded, frames, out);
   }
-  for (int64_t t = 0; t < frames; ++t) ops.run(scratch.parts, i, out + t * bytes);
+  for (int64_t k = 0; k < frames; ++k) ops.run(scratch.parts, i, out + k * bytes);
   return {};
 }
 
-at::Tensor augment_clips(at::TensorList frames, at::TensorList offsets, at::TensorList sums, const at::Tensor& first,
-                         const at::Tensor& numbers, int64_t width, const at::Tensor& matrix, const at::Tensor& warp,
-                         const at::Tensor& flip, const at::Tensor& half_widths, const at::Tensor& dilate_rows,
-                         const at::Tensor& blur_rows, int64_t threads) {
+std::tuple<at::Tensor, at::Tensor> augment_clips(at::TensorList data, at::TensorList offsets, at::TensorList crc,
+                                                 const at::Tensor& shards, const at::Tensor& numbers, int64_t width,
+                                                 const at::Tensor& matrix, const at::Tensor& warp,
+                                                 const at::Tensor& flip, const at::Tensor& half_widths,
+                                                 const at::Tensor& dilate_rows, const at::Tensor& blur_rows,
+                                                 int64_t threads) {
   constexpr const char* op = "augment_clips";
-  const Shards shards(op, frames, offsets, sums, first);
-  check_numbers(op, numbers, shards);
-  TORCH_CHECK(numbers.dim() == 2, op, ": numbers must be int64 (B, T)");
-  const int64_t clips = numbers.size(0), length = numbers.size(1);
+  const Request wanted = request(op, data, offsets, crc, shards, numbers);
+  TORCH_CHECK(matrix.dim() == 3 && matrix.size(0) > 0 && wanted.rows() % matrix.size(0) == 0, op,
+              ": numbers must be the same number of frames for each matrix");
+  const int64_t clips = matrix.size(0), length = wanted.rows() / clips;
   TORCH_CHECK(1 <= width && width <= kSize && width % 2 == 0, op, ": width is even and lies in 2..", kSize);
   TORCH_CHECK(matrix.scalar_type() == at::kDouble && matrix.sizes() == at::IntArrayRef({clips, 3, 3}) &&
                   matrix.is_contiguous(),
@@ -134,7 +139,6 @@ at::Tensor augment_clips(at::TensorList frames, at::TensorList offsets, at::Tens
 
   at::Tensor result = recycled_bytes({clips, length, kSize, width});
   uint8_t* const out = result.mutable_data_ptr<uint8_t>();
-  const int64_t* const number = numbers.const_data_ptr<int64_t>();
   std::vector<Failure> failures(clips);
   std::vector<std::unique_ptr<Scratch>> free;
   std::mutex guard;
@@ -148,45 +152,19 @@ at::Tensor augment_clips(at::TensorList frames, at::TensorList offsets, at::Tens
       }
     }
     if (!scratch) scratch = std::make_unique<Scratch>(length, ops);
-    failures[i] = augment_clip(shards, number + i * length, length, geometry, ops, i, *scratch,
-                               out + i * length * kSize * width);
+    failures[i] = augment_clip(wanted, i, length, geometry, ops, *scratch, out + i * length * kSize * width);
     const std::lock_guard lock(guard);
     free.push_back(std::move(scratch));
   };
   retrieval::parallel(clips, task, threads);
-  for (const Failure& failure : failures) complain(op, failure);  // the first in order, whatever thread came first
-  return result;
-}
-
-std::tuple<at::Tensor, at::Tensor> gather_chunks(at::TensorList frames, at::TensorList offsets, at::TensorList sums,
-                                                 const at::Tensor& first, const at::Tensor& numbers) {
-  constexpr const char* op = "gather_chunks";
-  const Shards shards(op, frames, offsets, sums, first);
-  check_numbers(op, numbers, shards);
-  const int64_t count = numbers.numel();
-  const int64_t* const number = numbers.const_data_ptr<int64_t>();
-  auto sizes = at::empty({count}, numbers.options());
-  auto* const size = sizes.mutable_data_ptr<int64_t>();
-  std::vector<Chunk> chunks(count);
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    complain(op, {number[i], shards.find(number[i], chunks[i])});
-    total += size[i] = chunks[i].size;
-  }
-  auto bytes = at::empty({total}, at::TensorOptions().dtype(at::kByte));
-  auto* out = bytes.mutable_data_ptr<uint8_t>();
-  for (const Chunk& chunk : chunks) {
-    std::memcpy(out, chunk.data, chunk.size);
-    out += chunk.size;
-  }
-  return {bytes, sizes};
+  // The first in order, whatever thread came first.
+  const auto failed = std::find_if(failures.begin(), failures.end(), [](const Failure& f) { return f.problem; });
+  const Failure first = failed == failures.end() ? Failure{} : *failed;
+  return {result, verdict(first.row, first.problem)};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gaitfast, CPU, m) {
-  m.impl("augment_clips", augment_clips);
-  m.impl("gather_chunks", gather_chunks);
-}
+TORCH_LIBRARY_IMPL(gaitfast, CPU, m) { m.impl("augment_clips", augment_clips); }
 
 }  // namespace gaitfast

@@ -1,8 +1,8 @@
 """Frames as independently decodable LZ4 blocks, each with a CRC-32: lossless, and any one frame can be read alone.
 
-A frame is compressed with LZ4's high-compression encoder (level 3: on silhouettes within a fifth of the size of level
-12 at six times its speed). Decoding goes through torch.ops.gaitfast when the extension is built, else through `lz4`.
-The same blocks are what DALI's `decoders.inflate` takes on a GPU.
+Both ways go through torch.ops.gaitfast when the extension is built, else through `lz4` (compression: its level 3). The
+two encoders write different blocks of the same frames, and either decoder reads both. The same blocks are what DALI's
+`decoders.inflate` takes on a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import functools
 import re
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import lz4.block
 import numpy as np
@@ -28,24 +31,58 @@ class CorruptChunk(Exception):
         self.reason = reason
 
 
-def compress(frame: np.ndarray) -> bytes:
-    """One uint8 frame (64, 64) -> an LZ4 block without size header."""
-    assert frame.dtype == np.uint8 and frame.shape == FRAME_SHAPE
-    return lz4.block.compress(
-        np.ascontiguousarray(frame), mode="high_compression", compression=3, store_size=False, return_bytearray=False
-    )
+class Chunks(NamedTuple):
+    """Compressed frames."""
+
+    data: np.ndarray
+    """uint8 (any): blocks back to back."""
+    size: np.ndarray
+    """int64 (n)."""
+    crc: np.ndarray
+    """uint32 (n)."""
+
+
+def encoder() -> str:
+    """Names what `compress` goes through: equal names give equal bytes."""
+    return "gaitfast-1" if compiled() else f"lz4-{lz4.VERSION}-hc3"
+
+
+def compress(frames: np.ndarray, backend: str = "auto") -> Chunks:
+    """Frames uint8 (n, 64, 64), each an LZ4 block without size header. `backend`: "compiled", "plain" or "auto"."""
+    assert frames.dtype == np.uint8 and frames.shape[1:] == FRAME_SHAPE and backend in ("auto", "compiled", "plain")
+    rows = np.ascontiguousarray(frames).reshape(len(frames), FRAME_BYTES)
+    if backend == "compiled" or (backend == "auto" and compiled()):
+        import torch
+
+        with quiet_about_read_only():
+            found = torch.ops.gaitfast.compress_frames(torch.from_numpy(rows))
+        data, size, crc = (tensor.numpy() for tensor in found)
+        return Chunks(data, size, crc.astype(np.uint32))
+    options = {"mode": "high_compression", "compression": 3, "store_size": False}
+    blocks = [lz4.block.compress(row, **options) for row in rows]
+    sums = np.array([zlib.crc32(block) for block in blocks], np.uint32)
+    return Chunks(np.frombuffer(b"".join(blocks), np.uint8), np.array([len(b) for b in blocks], np.int64), sums)
+
+
+@contextmanager
+def quiet_about_read_only() -> Iterator[None]:
+    """For torch.from_numpy of arrays that are read-only, and that nobody will write to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        yield
 
 
 @functools.cache
 def compiled() -> bool:
-    """Whether the compiled decoder is there (torch.ops.gaitfast.inflate_frames)."""
+    """Whether the extension is built, with what this part needs of it."""
     try:
         import torch
 
         import gaitfast._C  # noqa: F401
     except ImportError:
         return False
-    return hasattr(torch.ops.gaitfast, "inflate_frames") and hasattr(torch.ops.gaitfast, "chunk_crc32")
+    operators = ("inflate_frames", "chunk_crc32", "compress_frames", "read_frames", "read_chunks", "augment_clips")
+    return all(hasattr(torch.ops.gaitfast, name) for name in operators)
 
 
 class ChunkReader:
@@ -63,8 +100,7 @@ class ChunkReader:
         if self.backend == "compiled":
             import torch
 
-            with warnings.catch_warnings():  # the mapping is read-only, and so is every use of this tensor
-                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            with quiet_about_read_only():
                 self._tensor = torch.from_numpy(data)
 
     def checksums(self, offset: np.ndarray, size: np.ndarray) -> np.ndarray:

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from gaitfast.data import part_ops
-from gaitfast.data.chunk_store import ChunkStore
+from gaitfast.data.packed import PackedDataset
 from gaitfast.data.plan import Clip, Plan, located
 from gaitfast.data.prefetch import Prefetcher
 
 
-def augment(store: ChunkStore, clip: Clip, threads: int = 1) -> torch.Tensor:
+def augment(dataset: PackedDataset, clip: Clip, threads: int = 1) -> torch.Tensor:
     """The clips of a step, uint8 (B, T, 64, width). Each is one thread's work: their number changes no byte."""
     drawn = clip.parameters
-    return store.augment(
+    return dataset.clips(
         clip.frames,
         drawn.width,
         threads,
@@ -43,7 +43,7 @@ def _planned(plan: Plan, step: int) -> Iterator[tuple[Any, Sequence[Clip]]]:
         step += 1
 
 
-def batches(store: ChunkStore, plan: Plan, step: int, threads: int) -> Iterator[tuple[Any, None]]:
+def batches(dataset: PackedDataset, plan: Plan, step: int, threads: int) -> Iterator[tuple[Any, None]]:
     """Batches from `step` on, for ever, each with None: there is nothing to wait for (dali.batches).
 
     The next step is planned in a thread of its own while the operator, which needs no Python, works on this one.
@@ -52,7 +52,7 @@ def batches(store: ChunkStore, plan: Plan, step: int, threads: int) -> Iterator[
     try:
         for selection, clips in planned:
             try:
-                batch = plan.batch(selection, [augment(store, clip, threads) for clip in clips])
+                batch = plan.batch(selection, [augment(dataset, clip, threads) for clip in clips])
             except Exception as error:
                 raise located(error, selection.step) from error
             yield batch, None

@@ -30,9 +30,9 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from gaitfast.data import part_ops
 from gaitfast.data.augment import KERNELS, SIZE, ClipParameters
-from gaitfast.data.chunk_store import ChunkStore
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.plan import Clip, Plan, located
+from gaitfast.data.residency import DeviceChunks, MappedChunks
 
 _IN_FLIGHT = 2
 """Batches within DALI: one is computed while the next is read."""
@@ -203,7 +203,7 @@ class _CpuSource(_Source):
 class _GpuSource(_Source):
     """The inputs but for the compressed bytes, which `chunks` gives to the graph's other source, step by step."""
 
-    def __init__(self, store: ChunkStore, plan: Plan, step: int) -> None:
+    def __init__(self, store: MappedChunks | DeviceChunks, plan: Plan, step: int) -> None:
         super().__init__(plan, step)
         self._store = store
         self._chunks: deque[list] = deque()
@@ -240,11 +240,16 @@ def _owned(output, device: torch.device) -> torch.Tensor:
 
 
 def batches(
-    dataset: PackedDataset, store: ChunkStore | None, plan: Plan, device: torch.device, step: int, threads: int
+    dataset: PackedDataset,
+    store: MappedChunks | DeviceChunks,
+    plan: Plan,
+    device: torch.device,
+    step: int,
+    threads: int,
 ) -> Iterator[Any]:
     """Batches from `step` on, for ever. Everything of DALI's lives and dies in the thread that advances this.
 
-    On a GPU, which needs the `store`, copies are made on a stream of this iterator's own: a batch comes with an event
+    On a GPU, which reads the `store`, copies are made on a stream of this iterator's own: a batch comes with an event
     behind which it is complete, and nothing waits for it here.
     """
     gpu = device.type == "cuda"

@@ -8,24 +8,29 @@ index.safetensors
     subjects.offsets int64 (n + 1), subjects.bytes uint8: string table in UTF-8, in sorted order; likewise the others
 shard-*.safetensors            consecutive sequences each (gaitfast/data/shards.py)
 
-Sequences are sorted by id, then type, then view, each by Unicode code point. Opening maps the files and checks the
-index against its checksum; frames are checked chunk by chunk as they are read; `verify` checks everything.
+Sequences are sorted by id, then type, then view, each by Unicode code point. Opening reads the index, checked against
+its checksum, and maps the shards; frames are checked chunk by chunk as they are read; `verify` checks everything.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gaitfast.config import UserError
 from gaitfast.data import codec, shards
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT, VERSION = "gaitfast-packed", 1
 TRAIN, TEST, PROBE = 1, 2, 4
@@ -88,9 +93,10 @@ class ShardRecord(NamedTuple):
 class PackedDataset:
     """A mapped packed dataset; see the module for its arrays. Cheap to open, to fork and to pickle (it reopens)."""
 
-    def __init__(self, path: str | Path, *, backend: str = "auto") -> None:
-        self.path = Path(path)
-        self._backend = backend
+    def __init__(self, path: str | Path, *, backend: str = "auto", corrupt: str = "refuse") -> None:
+        assert corrupt in ("refuse", "skip")
+        self.path, self.corrupt = Path(path), corrupt
+        self._instead: dict[int, int] = {}
         text, facts = _read_facts(self.path)
         self.name: str = facts["name"]
         self.protocol: str = facts["protocol"]
@@ -100,31 +106,28 @@ class PackedDataset:
         self.num_frames: int = facts["frames"]
         self._records = [ShardRecord(**record) for record in facts["shards"]]
         self._read_index(ShardRecord(**facts["index"]))
-        self._shards = [self._open_shard(record) for record in self._records]
+        paths = [self.path / record.file for record in self._records]
+        for path, record in zip(paths, self._records):
+            _check_size(path, record)
+        self._shards = shards.Shards(paths, [record.frames for record in self._records], backend)
         self._first_frame = np.cumsum([0, *(record.frames for record in self._records)])
 
     @classmethod
-    def open(cls, path: str | Path, *, backend: str = "auto") -> PackedDataset:
+    def open(cls, path: str | Path, *, backend: str = "auto", corrupt: str = "refuse") -> PackedDataset:
         """Open the folder `path`. UserError if it is not a packed dataset, or incomplete, or its index is corrupt.
 
-        `backend`: the frame decoder, "compiled", "plain" or "auto".
+        `backend`: the frame decoder, "compiled", "plain" or "auto". `corrupt`: what becomes of a frame that does not
+        match its checksum; "refuse": UserError; "skip": a warning, and the nearest sound frame of its sequence instead.
         """
-        return cls(path, backend=backend)
+        return cls(path, backend=backend, corrupt=corrupt)
 
     def __reduce__(self):
-        return PackedDataset, (self.path,)
-
-    def _open_shard(self, record: ShardRecord) -> shards.Shard:
-        path = self.path / record.file
-        _check_size(path, record)
-        return shards.Shard(path, record.frames, self._backend)
+        return functools.partial(PackedDataset, corrupt=self.corrupt), (self.path,)
 
     def _read_index(self, record: ShardRecord) -> None:
         path = self.path / record.file
         _check_size(path, record)
-        if shards.checksum(path) != record.blake2b:
-            raise UserError(f"{path}: does not match its checksum in dataset.json; copy the dataset again")
-        tensors = shards.map_tensors(path)
+        tensors = shards.read_tensors(path, record.blake2b)
         wrong = [name for name, dtype in _INDEX.items() if name not in tensors or tensors[name].dtype != dtype]
         if wrong:
             raise UserError(f"{path}: has no array {wrong[0]} of {_INDEX[wrong[0]]}; prepare the dataset again")
@@ -176,82 +179,87 @@ class PackedDataset:
         return self.frames(np.arange(self.starts[i], self.starts[i + 1]))
 
     def frames(self, numbers: np.ndarray) -> np.ndarray:
-        """Decode frames by global number int64 (n) -> uint8 (n, 64, 64). UserError names a corrupt frame."""
-        parts = list(self._by_shard(numbers))
-        if len(parts) == 1 and parts[0][1] is None:
-            shard, _, local = parts[0]
-            frames = self._guard(shard, local, self._shards[shard].inflate)
-        else:
-            frames = np.empty((len(numbers), codec.FRAME_BYTES), np.uint8)
-            for shard, rows, local in parts:
-                frames[rows] = self._guard(shard, local, self._shards[shard].inflate)
-        return frames.reshape(-1, *codec.FRAME_SHAPE)
+        """Decode frames by global number int64 (n) -> uint8 (n, 64, 64). UserError names a corrupt frame, unless
+        `corrupt` says to skip it."""
+        return self._read(numbers, self._shards.frames).reshape(-1, *codec.FRAME_SHAPE)
 
     def chunk_bytes(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The compressed chunks of frames `numbers` int64 (n), for a decoder on the device.
 
         Returns bytes uint8 (chunks back to back), and offset and size int64 (n) into them. Checked against their
-        checksums: UserError names a corrupt frame.
+        checksums: UserError names a corrupt frame, unless `corrupt` says to skip it.
         """
-        size = np.empty(len(numbers), np.int64)
-        pieces: list = [None] * len(numbers)
-        for shard, rows, local in self._by_shard(numbers):
-            offset, sizes = self._guard(shard, local, self._shards[shard].locate)
-            rows = np.arange(len(local)) if rows is None else rows
-            size[rows] = sizes
-            data = memoryview(self._shards[shard].data)
-            for row, begin, end in zip(rows.tolist(), offset.tolist(), (offset + sizes).tolist()):
-                pieces[row] = data[begin:end]
-        return np.frombuffer(b"".join(pieces), np.uint8), np.cumsum(size) - size, size
+        data, size = self._read(numbers, self._shards.chunks)
+        return data, np.cumsum(size) - size, size
 
-    def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray | None, np.ndarray]]:
-        """(shard, rows of the request or None for all of them in order, frame numbers within the shard)."""
-        numbers = np.asarray(numbers, np.int64)
-        assert numbers.ndim == 1
-        if len(numbers) == 0:
-            return
-        if numbers.min() < 0 or numbers.max() >= self.num_frames:
-            raise IndexError(f"frame numbers lie in 0..{self.num_frames - 1}, got {numbers.min()}..{numbers.max()}")
-        shard = np.searchsorted(self._first_frame, numbers, side="right") - 1
-        if shard[0] == shard[-1] and (shard == shard[0]).all():
-            yield int(shard[0]), None, numbers - self._first_frame[shard[0]]
-            return
-        order = np.argsort(shard, kind="stable")
-        bounds = np.flatnonzero(np.diff(shard[order])) + 1
-        for rows in np.split(order, bounds):
-            yield int(shard[rows[0]]), rows, numbers[rows] - self._first_frame[shard[rows[0]]]
+    def clips(self, numbers: np.ndarray, width: int, threads: int, **parameters: torch.Tensor) -> torch.Tensor:
+        """Frames `numbers` int64 (B, T), decoded and augmented: uint8 (B, T, 64, width). Needs the compiled operators;
+        where a frame is corrupt, as `frames`. `parameters`: augment_clips in csrc/library.cpp."""
+        return self._read(
+            numbers.ravel(), functools.partial(self._shards.clips, width=width, threads=threads, **parameters)
+        )
 
     @property
-    def first_frame(self) -> np.ndarray:
-        """int64 (shards + 1): frames of shard k are the global numbers first_frame[k] .. first_frame[k + 1] - 1."""
-        return self._first_frame
+    def compiled(self) -> bool:
+        """Whether the compiled operators read this dataset, so that `clips` can be had."""
+        return self._shards.compiled
 
-    def shards(self) -> list[shards.Shard]:
-        """The mapped shards, for what reads chunks by itself (chunk_store.py)."""
-        return self._shards
+    def hold(self, sequences: np.ndarray, *, pinned: bool = False) -> None:
+        """From now on read the shards that hold frames of `sequences` int64 (n) from memory, page-locked if `pinned`.
 
-    def complaint(self, number: int, reason: str) -> str:
-        """What to tell the user about a corrupt frame, by its global number."""
-        shard = int(np.searchsorted(self._first_frame, number, side="right")) - 1
-        return self._complaint(shard, number - int(self._first_frame[shard]), reason)
+        UserError if there is too little of it. Does nothing without the compiled operators.
+        """
+        used = np.unique(np.searchsorted(self._first_frame, self.starts[sequences], side="right") - 1)
+        self._shards.hold(used, pinned)
 
-    def _guard(self, shard: int, local: np.ndarray, read):
-        try:
-            return read(local)
-        except codec.CorruptChunk as error:
-            raise UserError(self._complaint(shard, int(local[error.row]), error.reason)) from None
+    def _read(self, numbers: np.ndarray, read: Callable[[np.ndarray, np.ndarray], Any]) -> Any:
+        """`read(shard, number within it)` of frames by global number."""
+        numbers = np.asarray(numbers, np.int64)
+        assert numbers.ndim == 1
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= self.num_frames):
+            raise IndexError(f"frame numbers lie in 0..{self.num_frames - 1}, got {numbers.min()}..{numbers.max()}")
+        while True:
+            wanted = self._without_corrupt(numbers) if self._instead else numbers
+            shard = np.searchsorted(self._first_frame, wanted, side="right") - 1
+            try:
+                return read(shard, wanted - self._first_frame[shard])
+            except codec.CorruptChunk as error:
+                self._skip_or_refuse(int(wanted[error.row]), error.reason)
 
-    def _complaint(self, shard: int, local: int, reason: str) -> str:
-        number = int(self._first_frame[shard]) + local
+    def _without_corrupt(self, numbers: np.ndarray) -> np.ndarray:
+        found = numbers.copy()
+        for corrupt, instead in self._instead.items():
+            found[found == corrupt] = instead
+        return found
+
+    def _skip_or_refuse(self, corrupt: int, reason: str) -> None:
+        """UserError, or from now on the nearest sound frame of the same sequence, the earlier of two, instead."""
+        complaint = self._complaint(corrupt, reason)
+        if self.corrupt == "refuse":
+            raise UserError(f"{complaint}; copy the shard or prepare the dataset again")
+        i = int(np.searchsorted(self.starts, corrupt, side="right")) - 1
+        others = np.delete(np.arange(self.starts[i], self.starts[i + 1]), corrupt - self.starts[i])
+        for number in others[np.argsort(np.abs(others - corrupt), kind="stable")]:
+            shard = np.searchsorted(self._first_frame, [number], side="right") - 1
+            try:
+                self._shards.frames(shard, number - self._first_frame[shard])
+            except codec.CorruptChunk:
+                continue
+            instead = int(number)
+            self._instead[corrupt] = instead
+            warnings.warn(f"{complaint}; frame {instead - self.starts[i]} is taken instead", stacklevel=4)
+            return
+        raise UserError(f"{complaint}, and no other frame of it is sound; copy the shard or prepare the dataset again")
+
+    def _complaint(self, number: int, reason: str) -> str:
         i = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return (
-            f"{self.path / self._records[shard].file}: frame {number - int(self.starts[i])} of sequence "
-            f"{self.sequence_name(i)} {reason}; the shard is corrupt: copy it or prepare the dataset again"
-        )
+        shard = int(np.searchsorted(self._first_frame, number, side="right")) - 1
+        file = self.path / self._records[shard].file
+        return f"{file}: frame {number - int(self.starts[i])} of sequence {self.sequence_name(i)} {reason}"
 
     def verify(self) -> Iterator[str]:
         """Check every file against its checksum and decode every frame; yields one line per problem found."""
-        for k, (shard, record) in enumerate(zip(self._shards, self._records)):
+        for k, record in enumerate(self._records):
             path = self.path / record.file
             if shards.checksum(path) != record.blake2b:
                 yield f"{path}: does not match its checksum in dataset.json"
@@ -259,10 +267,10 @@ class PackedDataset:
                 pending = np.arange(begin, min(begin + 8192, record.frames))
                 while len(pending):
                     try:
-                        shard.inflate(pending)
+                        self._shards.frames(np.full(len(pending), k), pending)
                         break
                     except codec.CorruptChunk as error:
-                        yield self._complaint(k, int(pending[error.row]), error.reason)
+                        yield self._complaint(int(self._first_frame[k] + pending[error.row]), error.reason)
                         pending = pending[error.row + 1 :]
 
 
@@ -396,7 +404,7 @@ def write(
     file = folder / "shard-00000.safetensors"
     writer = shards.ShardWriter(file)
     for *_, frames in ordered:
-        writer.append(frames)
+        writer.append(codec.compress(frames))
     writer.close()
     flags, facts = np.zeros(len(keys), np.uint8), None
     if partition is not None:

@@ -30,12 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import lz4
 import numpy as np
 
 from gaitfast import files, names
 from gaitfast.config import UserError
-from gaitfast.data import packed, published, shards
+from gaitfast.data import codec, packed, published, shards
 from gaitfast.data.partition import Partition
 from gaitfast.data.sources import Entry, Listing, Problem, SourceError
 
@@ -86,7 +85,7 @@ class ShardWork(NamedTuple):
 
 class ShardResult(NamedTuple):
     """What became of a shard; kept in its record. `lengths`: frames of each entry, 0 where it was left out; `digests`:
-    BLAKE2b-128 of its frames, "" where it was left out."""
+    BLAKE2b-128 of its chunks, equal for equal frames, "" where it was left out."""
 
     shard: packed.ShardRecord
     lengths: list[int]
@@ -107,9 +106,9 @@ def pack_shard(work: ShardWork, done: Progress) -> ShardResult:
         for entry in work.entries:
             before, digest = writer.num_frames, ""
             try:
-                frames = work.source.read(entry)
-                writer.append(frames)
-                digest = hashlib.blake2b(np.ascontiguousarray(frames), digest_size=16).hexdigest()
+                chunks = codec.compress(work.source.read(entry))
+                writer.append(chunks)
+                digest = hashlib.blake2b(chunks.size.tobytes() + chunks.data.tobytes(), digest_size=16).hexdigest()
             except SourceError as error:
                 problems.append(Problem(error.path, error.reason))
             except MemoryError:
@@ -245,6 +244,11 @@ def pack(job: Job, listing: Listing, progress: Progress, note: Callable[[str], N
             raise UserError(
                 f"{partial}: no space left on the device; free some and run the same command again, it resumes"
             ) from None
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"{partial}: a file grew beyond what this session may write; raise `ulimit -f` and run the same command"
+                " again, it resumes"
+            ) from None
         raise UserError(f"{error.filename or partial}: cannot be written ({error.strerror})") from None
     return Outcome(packed.PackedDataset.open(job.out, backend="plain"), problems)
 
@@ -265,7 +269,9 @@ def _locked(partial: Path) -> Iterator[None]:
 
 def _plan(source: Source, entries: list[Entry], size: int) -> str:
     """Changes when finished shards would no longer be what this run writes."""
-    digest = hashlib.blake2b(repr((packed.FORMAT, packed.VERSION, lz4.VERSION, size, source)).encode(), digest_size=16)
+    digest = hashlib.blake2b(
+        repr((packed.FORMAT, packed.VERSION, codec.encoder(), size, source)).encode(), digest_size=16
+    )
     for entry in entries:
         digest.update(repr(tuple(entry)).encode())
     return digest.hexdigest()

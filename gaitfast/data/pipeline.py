@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from gaitfast.config import ClipConfig, DataConfig, UserError
-from gaitfast.data import chunk_store, compiled
+from gaitfast.data import compiled, residency
 from gaitfast.data.batch import PretrainBatch, RecognitionBatch
-from gaitfast.data.chunk_store import ChunkStore
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.plan import make_plan
 from gaitfast.data.prefetch import Prefetcher
@@ -25,16 +24,15 @@ from gaitfast.data.prefetch import Prefetcher
 Batch = PretrainBatch | RecognitionBatch
 
 
-def resolve_engine(engine: str, device: torch.device) -> str:
+def resolve_engine(engine: str, dataset: PackedDataset, device: torch.device) -> str:
     """data.engine as what it stands for on `device`: "dali" or "compiled". UserError where that cannot run."""
-    if device.type == "cuda":
-        if engine == "compiled":
+    if engine == "compiled":
+        if device.type == "cuda":
             raise UserError("data.engine: compiled works on CPUs; use auto or dali on a GPU")
-        return "dali"
-    if engine == "compiled" and not chunk_store.compiled():
-        raise UserError("data.engine: the compiled extension is not there; run `make setup`, or use dali")
+        if not dataset.compiled:
+            raise UserError("data.engine: the compiled extension is not there; run `make setup`, or use dali")
     if engine == "auto":
-        return "compiled" if chunk_store.compiled() else "dali"
+        return "compiled" if device.type == "cpu" and dataset.compiled else "dali"
     return engine
 
 
@@ -86,18 +84,18 @@ def build_loader(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    engine = resolve_engine(config.engine, device)
+    engine = resolve_engine(config.engine, dataset, device)
     plan = make_plan(dataset, config, sampling=sampling, seed=seed, batch=batch, rank=rank, world_size=world_size)
+    if config.residency != "mapped" and not dataset.compiled:
+        raise UserError(
+            f"data.residency: {config.residency} needs the compiled extension; run `make setup`, or use mapped"
+        )
+    chunks = residency.settle(dataset, dataset.split(config.split), config.residency, device)
     threads = config.threads or min(len(os.sched_getaffinity(0)), 16)
-    store = None
-    if engine == "compiled" or device.type == "cuda":
-        store = ChunkStore(dataset, dataset.split(config.split), config.residency, device)
-    elif config.residency != "mapped":
-        raise UserError(f"data.residency: {config.residency} needs the compiled engine on a CPU; use mapped")
     if engine == "compiled":
-        batches = compiled.batches(store, plan, start_step, threads)
+        batches = compiled.batches(dataset, plan, start_step, threads)
     else:
-        from gaitfast.data import dali  # a second of import and 100 MB, so only where it works
+        from gaitfast.data import dali  # a second of import, so only where it works
 
-        batches = dali.batches(dataset, store, plan, device, start_step, threads)
+        batches = dali.batches(dataset, chunks, plan, device, start_step, threads)
     return Loader(batches, config.prefetch)

@@ -186,7 +186,11 @@ def _progress_bar(sequences: int) -> Iterator[packing.Progress]:
         started, frames = time.perf_counter(), 0
 
         def progress(done: int, new_frames: int) -> None:
-            nonlocal frames
+            nonlocal frames, started
+            if not frames and not new_frames:  # what an earlier run did: no measure of how long the rest takes
+                bar.initial, bar.n, started = bar.n + done, bar.n + done, time.perf_counter()
+                bar.refresh()
+                return
             frames += new_frames
             bar.set_postfix_str(f"{frames / (time.perf_counter() - started):,.0f} frames/s", refresh=False)
             bar.update(done)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from gaitfast import randomness
 from gaitfast.config import ClipConfig, DataConfig, SourceConfig, UserError
@@ -69,6 +70,16 @@ def unordered_frames(
     meant[i] frames followed by padding.
     """
     meant = np.full(len(length), count) if meant is None else meant
+    if randomness.compiled():
+        address = *randomness.key(seed, purpose), step
+        rows = (torch.from_numpy(np.ascontiguousarray(column, np.int64)) for column in (sample, length, meant))
+        return torch.ops.gaitfast.unordered_frames(*address, *rows, count).numpy()
+    return _numpy_unordered_frames(length, count, meant, seed=seed, purpose=purpose, step=step, sample=sample)
+
+
+def _numpy_unordered_frames(
+    length: np.ndarray, count: int, meant: np.ndarray, *, seed: int, purpose: str, step: int, sample: np.ndarray
+) -> np.ndarray:
     draws = randomness.uniform(seed, purpose, step, sample, 2 * count)
     enough = length >= meant
     chosen = np.empty((len(length), count), np.int64)

@@ -26,16 +26,20 @@ from gaitfast import files
 from gaitfast.config import PretrainConfig, TransferConfig, UserError, batch_per_rank, dump, load, to_dict
 from gaitfast.engine import checkpoint, loop, state
 from gaitfast.engine.events import PATIENCE, Events
+from gaitfast.engine.memory import keep_freed_memory
 from gaitfast.engine.meters import Meters, Records
 from gaitfast.engine.portable import source_commit
+from gaitfast.engine.profiling import windowed
 from gaitfast.engine.world import World, is_lost_contact, lost_contact
 from gaitfast.engine.zero import ZeroEngine
 
 WITHOUT_EFFECT = {
     *("run", "log_every", "train.stop_after", "train.timeout"),
+    *("train.keep_memory", "train.encode_ahead", "profile.start", "profile.steps"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every"),
     "train.zero_stage",  # nor does the number of processes: to float rounding, as the order of sums differs
     *("data.path", "data.threads", "data.prefetch"),  # the dataset is known by its fingerprint, wherever it lies
+    "data.corrupt",  # a run that a corrupt frame stopped may go on without it
 }
 """Keys that may change when a run goes on: they do not change what is trained."""
 
@@ -53,6 +57,8 @@ class TrainingRun:
         """UserError if the run folder holds checkpoints of a run with another config, or only broken ones."""
         self.config, self.world = config, process
         self.started = time.perf_counter()
+        if process.device.type == "cpu" and config.train.keep_memory:
+            keep_freed_memory()
         self.folder = Path(config.run)
         self.per_rank = batch_per_rank(config.train, process.size)
         self.events = Events(self.folder, process.rank)
@@ -141,7 +147,7 @@ class TrainingRun:
                 "restore that dataset, or begin anew in another run folder"
             )
         state.restore(engine, found.tensors() if self.world.is_main else {}, self.world)
-        if (scaler := state.scaler(engine)) and found.manifest["scaler"]:
+        if (scaler := engine.scaler) and found.manifest["scaler"]:
             scaler.load_state_dict(found.manifest["scaler"])
 
     def _require_same_config(self) -> None:
@@ -195,7 +201,7 @@ class TrainingRun:
         self.world.agree(lambda: self.writer.wait())
         pending = self.meters.pending_losses()
         tensors = state.collect(self.engine, self.world)
-        scaler = state.scaler(self.engine)
+        scaler = self.engine.scaler
         manifest = {
             "step": step,
             "world_size": self.world.size,
@@ -276,7 +282,7 @@ class TrainingRun:
             done = loop.train(
                 self.engine,
                 iter(loader),
-                self.train_step,
+                windowed(self.train_step, config.profile, self.folder, self.meters.say),
                 config=config,
                 world=process,
                 meters=self.meters,

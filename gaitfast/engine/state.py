@@ -95,12 +95,6 @@ def _gathered(engine: ZeroEngine, parameters: list[torch.nn.Parameter], written:
         yield
 
 
-def scaler(engine: ZeroEngine) -> torch.amp.GradScaler | None:
-    """The loss scaler of fp16, wherever DeepSpeed keeps it."""
-    inside = getattr(engine.engine.optimizer, "torch_autocast_gradscaler", None)
-    return inside or engine.engine.torch_autocast_z0_gradscaler
-
-
 def collect(engine: ZeroEngine, world: World) -> dict[str, torch.Tensor]:
     """Copy the state to the main rank's memory; the other ranks get {}. Every rank must call it.
 

@@ -119,7 +119,17 @@ class ZeroEngine:
     def backward_and_step(self, loss: torch.Tensor) -> None:
         """One micro-batch; DeepSpeed updates the weights after the last one of the accumulation."""
         self.engine.backward(loss)
+        last = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
+        # ZeRO skips a step whose gradients overflowed without telling the scaler, which would never come down.
+        if last and self.scaler and getattr(self.engine.optimizer, "overflow", False):
+            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of fp16, wherever DeepSpeed keeps it."""
+        inside = getattr(self.engine.optimizer, "torch_autocast_gradscaler", None)
+        return inside or self.engine.torch_autocast_z0_gradscaler
 
     def whole(self) -> nn.Module:
         """The objective with all its weights on every rank, for evaluation and export; every rank must call it.

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gaitfast.models import stack
+from gaitfast.models.stack import fold_strips, unfold_strips
+
 FRAME_SIZE = (64, 44)
 """Height and width of a silhouette as every one of the five models takes it."""
 
@@ -85,6 +88,8 @@ def max_over(x: Tensor, dim: int) -> Tensor:
 
 def pool_set(frames: Tensor, lengths: Lengths) -> Tensor:
     """Set pooling: (F, ...) -> (N, ...), the maximum over the frames of each clip."""
+    if isinstance(lengths, int) and stack.pools(frames, lengths):
+        return stack.pool_frames(frames, lengths)
     return over_clips(lambda clips: max_over(clips, 1), frames, lengths)
 
 
@@ -98,19 +103,6 @@ def pool_strips(maps: Tensor, bins: Sequence[int]) -> Tensor:
         strips = maps.unflatten(2, (count, -1)).flatten(3)
         features.append(strips.mean(3) + max_over(strips, 3))
     return torch.cat(features, 2) if len(features) > 1 else features[0]
-
-
-def fold_strips(x: Tensor, strips: int) -> Tensor:
-    """(N, C, ..., H, W) -> (N * strips, C, ..., H / strips, W): strips along the height become samples.
-
-    For a channels_last batch of images this is a view of the same memory.
-    """
-    return x.unflatten(-2, (strips, -1)).movedim(-3, 1).flatten(0, 1)
-
-
-def unfold_strips(x: Tensor, strips: int) -> Tensor:
-    """The inverse of `fold_strips`."""
-    return x.unflatten(0, (-1, strips)).movedim(1, -3).flatten(-3, -2)
 
 
 class Layer(NamedTuple):
@@ -132,7 +124,8 @@ class ConvStack(nn.Module):
     """3 x 3 convolutions without bias, each followed by LeakyReLU(0.01): (F, in, H, W) -> (F, C, H', W').
 
     With `stem` the first kernel is 5 x 5. Pooling comes before the activation: the activation is increasing, so the
-    result is the published one (activation first), at a quarter of the activation's memory traffic.
+    result is the published one (activation first), at a quarter of the activation's memory traffic. On a CPU stack.py
+    computes it.
     """
 
     def __init__(self, in_channels: int, layers: Sequence[Layer], *, stem: bool = False) -> None:
@@ -146,11 +139,14 @@ class ConvStack(nn.Module):
         self.out_channels = in_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        weights = [conv.weight for conv in self.convs]
+        if stack.takes(x, weights):
+            return stack.run(x, weights, self.layers)
         for conv, layer in zip(self.convs, self.layers):
             x = conv(x) if layer.strips == 1 else unfold_strips(conv(fold_strips(x, layer.strips)), layer.strips)
             if layer.pool:
                 x = F.max_pool2d(x, 2)
-            x = F.leaky_relu(x, inplace=True)
+            x = F.leaky_relu(x, stack.SLOPE, inplace=True)
         return x
 
 

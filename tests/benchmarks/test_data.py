@@ -10,11 +10,11 @@ import torch
 
 from benchmarks import data, data_alternatives, data_stages, opengait_loader
 from gaitfast.config import AugmentConfig, DataConfig
-from gaitfast.data import chunk_store, reference
+from gaitfast.data import codec, reference
 from gaitfast.data.augment import draw_parameters
 from tests.data.silhouettes import walk
 
-pytestmark = pytest.mark.skipif(not chunk_store.compiled(), reason="the extension is not built")
+pytestmark = pytest.mark.skipif(not codec.compiled(), reason="the extension is not built")
 
 
 @pytest.fixture(scope="module")

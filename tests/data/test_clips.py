@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaitfast.config import AugmentConfig, UserError
-from gaitfast.data import chunk_store, codec, part_ops, reference
+from gaitfast.data import codec, part_ops, reference
 from gaitfast.data.augment import ClipParameters, draw_parameters
-from gaitfast.data.chunk_store import ChunkStore
+from gaitfast.data.packed import PackedDataset
 from tests.data.silhouettes import walk, write_dataset
 from tests.data.test_parity import bilinear
 
-pytestmark = pytest.mark.skipif(not chunk_store.compiled(), reason="the extension is not built")
+pytestmark = pytest.mark.skipif(not codec.compiled(), reason="the extension is not built")
 
 WARP_TOLERANCE = 1
 """Largest difference of a pixel to another backend's warp."""
@@ -41,37 +41,39 @@ def clips(seed: int, count: int = 5, frames: int = 3) -> np.ndarray:
     return figures
 
 
-def shards_of(frames: np.ndarray, sizes: tuple[int, ...] = ()) -> tuple:
-    """Frames uint8 (n, 64, 64) as shards of `sizes` frames, as the operators take them."""
+def shards_of(frames: np.ndarray, sizes: tuple[int, ...] = ()) -> dict:
+    """Frames uint8 (n, 64, 64) in shards of `sizes` frames, all of them asked for, as the operator takes them."""
     sizes = sizes or (len(frames),)
     assert sum(sizes) == len(frames)
-    first = np.cumsum([0, *sizes])
-    lists = ([], [], [])
-    for begin, end in itertools.pairwise(first):
+    found = {"data": [], "offsets": [], "crc": []}
+    for begin, end in itertools.pairwise(np.cumsum([0, *sizes])):
         chunks = [codec.compress(frame) for frame in frames[begin:end]]
-        arrays = (
-            np.frombuffer(bytearray(b"".join(chunks)), np.uint8),
-            np.cumsum([0, *map(len, chunks)]),
-            np.array([zlib.crc32(chunk) for chunk in chunks], np.uint32),
-        )
-        for tensors, array in zip(lists, arrays):
-            tensors.append(torch.from_numpy(array))
-    return *lists, torch.from_numpy(first)
+        sums = np.array([zlib.crc32(chunk) for chunk in chunks], np.uint32).view(np.int32)
+        found["data"].append(torch.from_numpy(np.frombuffer(bytearray(b"".join(chunks)), np.uint8)))
+        found["offsets"].append(torch.from_numpy(np.cumsum([0, *map(len, chunks)])))
+        found["crc"].append(torch.from_numpy(sums))
+    found["shards"] = torch.repeat_interleave(torch.tensor(sizes))
+    found["numbers"] = torch.cat([torch.arange(size) for size in sizes])
+    return found
 
 
-def compiled(frames: np.ndarray, drawn: ClipParameters, threads: int = 1, shards: tuple | None = None) -> torch.Tensor:
-    """Clips uint8 (B, T, 64, 64), compressed and then augmented."""
-    flat = frames.reshape(-1, 64, 64)
-    return torch.ops.gaitfast.augment_clips(
-        *(shards or shards_of(flat)),
-        torch.arange(len(flat)).view(frames.shape[:2]),
-        drawn.width,
-        torch.from_numpy(drawn.matrix),
-        torch.from_numpy(drawn.warp),
-        torch.from_numpy(drawn.flip),
+def arguments(frames: np.ndarray, drawn: ClipParameters, threads: int = 1, shards: dict | None = None) -> dict:
+    return {
+        **(shards or shards_of(frames.reshape(-1, 64, 64))),
+        "width": drawn.width,
+        "matrix": torch.from_numpy(drawn.matrix),
+        "warp": torch.from_numpy(drawn.warp),
+        "flip": torch.from_numpy(drawn.flip),
         **part_ops.tensors(drawn),
-        threads=threads,
-    )
+        "threads": threads,
+    }
+
+
+def compiled(frames: np.ndarray, drawn: ClipParameters, threads: int = 1, shards: dict | None = None) -> torch.Tensor:
+    """Clips uint8 (B, T, 64, 64), compressed and then augmented."""
+    result, problem = torch.ops.gaitfast.augment_clips(**arguments(frames, drawn, threads, shards))
+    assert problem.tolist() == [-1, 0]
+    return result
 
 
 def parameters(seed: int, width: int, count: int = 5, **probabilities) -> ClipParameters:
@@ -195,109 +197,86 @@ def test_memory_is_used_again_but_never_while_somebody_holds_it():
     assert torch.equal(view, copy[1:])
 
 
-# --- gathering --------------------------------------------------------------------------------------------------------
-
-
-@examples
-@given(numbers=st.lists(st.integers(0, 29), min_size=1, max_size=40))
-def test_gathered_chunks_are_those_of_the_dataset(figures, numbers):
-    numbers = np.array(numbers)
-    chunks, sizes = ChunkStore(figures, np.arange(3)).gather(numbers)
-    data, _, size = figures.chunk_bytes(numbers)
-    np.testing.assert_array_equal(sizes, size)
-    np.testing.assert_array_equal(chunks.numpy(), data)
-
-
-@pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("packed") / "figures", [10, 12, 8], shard_files=2)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_chunks_on_the_device_are_those_of_the_files(figures, device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    store = ChunkStore(figures, np.array([0, 2]), "device", torch.device(device))
-    assert store.on_device == (device == "cuda")
-    numbers = np.array([3, 29, 3, 0, 22])
-    chunks, sizes = store.gather(numbers)
-    data, _, size = figures.chunk_bytes(numbers)
-    np.testing.assert_array_equal(sizes, size)
-    np.testing.assert_array_equal(chunks.cpu().numpy(), data)
-
-
 # --- damage and mistakes ----------------------------------------------------------------------------------------------
+
+CHECKSUM, BLOCK = 1, 2
+"""What is wrong with a row (csrc/cpu/shards.h)."""
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_first_corrupt_frame_is_named_whatever_thread_meets_it(threads):
     stored, drawn = clips(0), parameters(0, 64)
-    frames, offsets, sums, first = shards_of(stored.reshape(-1, 64, 64))
-    for number in (13, 7):
-        frames[0][offsets[0][number] + 5] ^= 16
-    with pytest.raises(RuntimeError, match="frame 7: does not match its checksum"):
-        compiled(stored, drawn, threads, (frames, offsets, sums, first))
-    with pytest.raises(RuntimeError, match="frame 13: does not match its checksum"):
-        torch.ops.gaitfast.gather_chunks(frames, offsets, sums, first, torch.tensor([1, 13, 7]))
+    shards = shards_of(stored.reshape(-1, 64, 64), (9, 6))
+    for shard, number in ((1, 4), (0, 7)):
+        shards["data"][shard][shards["offsets"][shard][number] + 5] ^= 16
+    _, problem = torch.ops.gaitfast.augment_clips(**arguments(stored, drawn, threads, shards))
+    assert problem.tolist() == [7, CHECKSUM]
 
 
 @pytest.mark.parametrize("chunk", [b"", b"\x00", b"\x10a", b"\x1fa\x01\x00" + b"\xff" * 40, bytes(300)])
 def test_a_chunk_that_is_no_frame_is_named_even_with_the_right_checksum(chunk):
-    shard = np.frombuffer(bytearray(chunk), np.uint8)
-    tables = ([torch.from_numpy(shard)], [torch.tensor([0, len(chunk)])])
-    sums = [torch.from_numpy(np.array([zlib.crc32(chunk)], np.uint32))]
-    with pytest.raises(RuntimeError, match="frame 0: is not an LZ4 block of one frame"):
-        compiled(clips(0)[:1, :1], parameters(0, 64, 1), shards=(*tables, sums, torch.tensor([0, 1])))
+    shards = {
+        "data": [torch.from_numpy(np.frombuffer(bytearray(chunk), np.uint8))],
+        "offsets": [torch.tensor([0, len(chunk)])],
+        "crc": [torch.from_numpy(np.array([zlib.crc32(chunk)], np.uint32).view(np.int32))],
+        "shards": torch.zeros(1, dtype=torch.int64),
+        "numbers": torch.zeros(1, dtype=torch.int64),
+    }
+    _, problem = torch.ops.gaitfast.augment_clips(**arguments(clips(0)[:1, :1], parameters(0, 64, 1), 1, shards))
+    assert problem.tolist() == [0, BLOCK]
 
 
 @pytest.mark.parametrize("offset", [(-5, 10), (0, 2**62), (2**62, -(2**62)), (50, 10)])
 def test_an_index_that_leaves_the_file_is_named(offset):
-    tables = ([torch.zeros(60, dtype=torch.uint8)], [torch.tensor(offset)], [torch.zeros(1, dtype=torch.uint32)])
-    with pytest.raises(RuntimeError, match="frame 0: does not match its checksum"):
-        torch.ops.gaitfast.gather_chunks(*tables, torch.tensor([0, 1]), torch.tensor([0]))
+    shards = shards_of(clips(0)[:1, 0])
+    shards["offsets"] = [torch.tensor(offset)]
+    _, problem = torch.ops.gaitfast.augment_clips(**arguments(clips(0)[:1, :1], parameters(0, 64, 1), 1, shards))
+    assert problem.tolist() == [0, CHECKSUM]
 
 
-def test_what_the_store_cannot_read_names_sequence_and_file(tmp_path):
-    dataset = write_dataset(tmp_path / "damaged", [4, 5, 6])
-    shard = dataset.shards()[0]
-    data = bytearray((tmp_path / "damaged/shard-00000.safetensors").read_bytes())
-    data[512 + int(shard.offsets[6]) + 9] ^= 1
-    (tmp_path / "damaged/shard-00000.safetensors").write_bytes(data)
-    store = ChunkStore(dataset.open(dataset.path), np.arange(3))
-    with pytest.raises(UserError, match=r"damaged/shard-00000.*frame 2 of sequence 001-nm-01-000 does not match"):
-        store.gather(np.array([1, 6]))
+def damaged(path, corrupt: str) -> PackedDataset:
+    """Frame 2 of sequence 1 has a wrong bit."""
+    dataset = write_dataset(path, [4, 5, 6])
+    chunk = dataset.chunk_bytes(np.array([6]))[0].tobytes()
+    data = bytearray((path / "shard-00000.safetensors").read_bytes())
+    data[data.index(chunk) + 9] ^= 1
+    (path / "shard-00000.safetensors").write_bytes(data)
+    return PackedDataset.open(path, corrupt=corrupt)
+
+
+def test_a_corrupt_frame_is_refused_or_skipped_as_elsewhere(tmp_path):
+    numbers, drawn = np.array([[0, 6], [7, 5]]), parameters(0, 64, 2, affine=0.0, perspective=0.0, rotate=0.0)
+    options = {key: value for key, value in arguments(clips(0), drawn).items() if key not in shards_of(clips(0)[0])}
+    with pytest.raises(UserError, match=r"refuse/shard-00000.*frame 2 of sequence 001-nm-01-000 does not match"):
+        damaged(tmp_path / "refuse", "refuse").clips(numbers, **options)
+    dataset = damaged(tmp_path / "skip", "skip")
+    with pytest.warns(UserWarning, match="frame 1 is taken instead"):
+        found = dataset.clips(numbers, **options)
+    sound = dataset.frames(np.array([0, 5, 7, 5])).reshape(2, 2, 64, 64)
+    np.testing.assert_array_equal(found.numpy(), expected(sound, drawn))
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"numbers": torch.tensor([[0, 15]])}, r"numbers lie in 0\.\.14"),
-        ({"numbers": torch.tensor([[-1, 0]])}, r"numbers lie in 0\.\.14"),
+        ({"numbers": torch.tensor([0, 15])}, "is not in its shard"),
+        ({"numbers": torch.tensor([-1, 0])}, "is not in its shard"),
+        ({"shards": torch.tensor([0, 1])}, "is of no shard"),
         ({"width": 66}, "width is even"),
         ({"width": 43}, "width is even"),
         ({"matrix": torch.eye(3)[None]}, "matrix must be contiguous float64"),
+        ({"matrix": torch.eye(3).expand(3, 3, 3)}, "same number of frames for each matrix"),
         ({"warp": torch.zeros(2, dtype=torch.bool)}, "warp and flip"),
         ({"threads": 0}, "threads must be positive"),
-        ({"first": torch.tensor([0, 14])}, r"offsets must be contiguous int64 \(n \+ 1\)"),
-        ({"first": torch.tensor([0])}, "must describe the same shards"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
-    frames, offsets, sums, first = shards_of(clips(0).reshape(-1, 64, 64))
-    drawn = parameters(0, 64, 1)
-    arguments = {
-        "frames": frames,
-        "offsets": offsets,
-        "sums": sums,
-        "first": first,
-        "numbers": torch.tensor([[0, 14]]),
-        "width": 64,
-        "matrix": torch.from_numpy(drawn.matrix),
-        "warp": torch.from_numpy(drawn.warp),
-        "flip": torch.from_numpy(drawn.flip),
-        **part_ops.tensors(drawn),
-        "threads": 1,
+    shards = {
+        **shards_of(clips(0).reshape(-1, 64, 64)),
+        "numbers": torch.tensor([0, 14]),
+        "shards": torch.tensor([0, 0]),
     }
-    assert torch.ops.gaitfast.augment_clips(**arguments).shape == (1, 2, 64, 64)
+    sound = arguments(clips(0), parameters(0, 64, 1), 1, shards)
+    assert torch.ops.gaitfast.augment_clips(**sound)[0].shape == (1, 2, 64, 64)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.gaitfast.augment_clips(**{**arguments, **change})
+        torch.ops.gaitfast.augment_clips(**{**sound, **change})

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from gaitfast.config import DataConfig
-from gaitfast.data import chunk_store, dali
+from gaitfast.data import dali
 from gaitfast.data.augment import KERNELS, SIZE
-from gaitfast.data.chunk_store import ChunkStore
 from gaitfast.data.codec import ChunkReader
+from gaitfast.data.packed import PackedDataset
 from gaitfast.data.plan import make_plan
+from gaitfast.data.residency import DeviceChunks, MappedChunks
 from tests.data.silhouettes import write_dataset
 
 
@@ -36,7 +37,7 @@ def test_the_graph_is_one_that_dali_accepts(on_device):
 def test_chunks_and_parameters_of_a_step_stay_together(dataset, order, same_clip):
     config = DataConfig(frames=5, same_clip=same_clip)
     plan = make_plan(dataset, config, seed=3, batch=3)
-    source = dali._GpuSource(ChunkStore(dataset, dataset.split("train")), plan, 7)
+    source = dali._GpuSource(MappedChunks(dataset), plan, 7)
     for step in range(7, 11):
         chunks_first = order == "chunks first" or (order == "in turn" and step % 2)
         if chunks_first:
@@ -59,8 +60,20 @@ def test_chunks_and_parameters_of_a_step_stay_together(dataset, order, same_clip
             ]
 
 
-def test_without_the_extension_chunks_come_from_the_files(dataset, monkeypatch):
-    monkeypatch.setattr(chunk_store, "compiled", lambda: False)
+@pytest.mark.parametrize("backend", ["auto", "plain"])
+def test_gathered_chunks_are_those_of_the_frames(dataset, backend):
     numbers = np.array([4, 0, 61, 4])
-    chunks, sizes = ChunkStore(dataset, np.arange(5)).gather(numbers)
+    chunks, sizes = MappedChunks(PackedDataset.open(dataset.path, backend=backend)).gather(numbers)
     np.testing.assert_array_equal(inflated(chunks, sizes), dataset.frames(numbers))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_chunks_on_a_device_are_those_of_the_files(dataset, device):
+    """The arithmetic is the same on a CPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    chunks = DeviceChunks(dataset, np.array([0, 2, 4]), torch.device(device))
+    numbers = np.array([3, 61, 3, 0, 26, 47])
+    data, size = chunks.gather(numbers)
+    assert data.device.type == device
+    np.testing.assert_array_equal(inflated(data.cpu(), size), dataset.frames(numbers))

@@ -45,7 +45,7 @@ def write_in_shards(path, sequences, size, **options):
         writer = shards.ShardWriter(file)
         group = ordered[begin : begin + size]
         for *_, frames in group:
-            writer.append(frames)
+            writer.append(codec.compress(frames))
         writer.close()
         record = (file.name, file.stat().st_size, shards.checksum(file), len(group), sum(len(s[3]) for s in group))
         facts["shards"].append(packed.ShardRecord(*record)._asdict())
@@ -268,8 +268,7 @@ def test_a_flipped_bit_in_the_index_is_found_on_opening(folder):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_flipped_bit_in_a_frame_is_named_and_the_rest_still_reads(folder, backend):
     file = folder / "shard-00001.safetensors"
-    shard = shards.Shard(file, len(shards.map_tensors(file)["crc"]))
-    position = 512 + int(shard.offsets[3]) + 1
+    position = 512 + int(shards.map_tensors(file)["offsets"][3]) + 1
     data = bytearray(file.read_bytes())
     data[position] ^= 16
     file.write_bytes(data)
@@ -361,7 +360,7 @@ def test_bad_headers_are_refused(tmp_path, data):
 def test_a_million_sequences_open_in_under_a_second(tmp_path):
     """Every sequence with a view name of its own, as in GREW. The one shard holds one empty frame a million times."""
     n = 1_000_000
-    chunk = codec.compress(np.zeros((64, 64), np.uint8))
+    chunk = codec.compress(np.zeros((1, 64, 64), np.uint8)).data.tobytes()
     folder = tmp_path / "million"
     folder.mkdir()
     names = np.char.encode(np.char.mod("%07d", np.arange(n)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gaitfast.config import AugmentConfig, DataConfig, UserError
-from gaitfast.data import chunk_store
+from gaitfast.data import codec
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.pipeline import build_loader
 from gaitfast.data.reference import ReferenceLoader
@@ -30,7 +30,7 @@ gpu = (
     if torch.cuda.is_available()
     else [pytest.mark.gpu, pytest.mark.skip(reason="needs a CUDA device")]
 )
-built = [] if chunk_store.compiled() else [pytest.mark.skip(reason="the extension is not built")]
+built = [] if codec.compiled() else [pytest.mark.skip(reason="the extension is not built")]
 ENGINES = [
     pytest.param(("cpu", "compiled"), marks=built, id="cpu-compiled"),
     pytest.param(("cpu", "dali"), id="cpu-dali"),
@@ -154,27 +154,35 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(dataset, device
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
-def test_batches_do_not_depend_on_the_decoder(dataset, device, config, batches):
+def test_batches_do_not_depend_on_the_decoder(dataset, device):
+    """Of DALI's, that is: the compiled engine has one of its own."""
+    config = replace(CONFIG, engine="dali")
     plain = PackedDataset.open(dataset.path, backend="plain")
-    for a, b in zip(take(build_loader(plain, config, **OPTIONS, device=device), 2), batches):
+    loaders = [build_loader(each, config, **OPTIONS, device=device) for each in (plain, dataset)]
+    for a, b in zip(*(take(loader, 2) for loader in loaders)):
         assert_equal(a, b)
 
 
 @pytest.mark.parametrize("residency", ["host", "device"])
 def test_batches_do_not_depend_on_residency(dataset, device, config, batches, residency):
-    if (device, config.engine) == ("cpu", "dali"):
-        with pytest.raises(UserError, match=r"data\.residency.*compiled"):
-            build_loader(dataset, replace(config, residency=residency), **OPTIONS, device=device)
-        return
-    loader = build_loader(dataset, replace(config, residency=residency), **OPTIONS, device=device)
+    opened = PackedDataset.open(dataset.path)  # which then holds its frames in memory
+    loader = build_loader(opened, replace(config, residency=residency), **OPTIONS, device=device)
     for a, b in zip(take(loader, 6), batches):
         assert_equal(a, b)
+    assert torch.equal(torch.from_numpy(opened.sequence(3)), torch.from_numpy(dataset.sequence(3)))
+
+
+def test_what_needs_the_extension_says_so(dataset, device):
+    plain = PackedDataset.open(dataset.path, backend="plain")
+    for change, key in (({"engine": "compiled"}, "engine"), ({"residency": "host"}, "residency")):
+        with pytest.raises(UserError, match=rf"data\.{key}: .*(make setup|on a GPU)"):
+            build_loader(plain, replace(CONFIG, **change), **OPTIONS, device=device)
 
 
 def test_several_shards_are_one_dataset(dataset, device, config, batches, tmp_path):
     several = write_dataset(tmp_path / "several", LENGTHS, shard_files=4)
-    assert len(several.shards()) == 4
-    for residency in ("mapped",) if (device, config.engine) == ("cpu", "dali") else ("mapped", "host", "device"):
+    assert len(several.facts["shards"]) == 4
+    for residency in ("mapped", "host", "device"):
         loader = build_loader(several, replace(config, residency=residency), **OPTIONS, device=device)
         for a, b in zip(take(loader, 3), batches):
             assert_equal(a, b)

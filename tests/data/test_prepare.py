@@ -3,6 +3,7 @@
 import argparse
 import errno
 import filecmp
+import io
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from gaitfast.config import UserError
-from gaitfast.data import packing, prepare, shards
+from gaitfast.data import codec, packing, prepare, shards
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.sources import OpenGaitTree
 
@@ -78,9 +79,28 @@ def test_packs_everything_in_order(tree, tmp_path, capsys):
 
 
 def test_the_output_does_not_depend_on_the_workers(tree, tmp_path):
-    for workers in (1, 3):
+    for workers in (1, 2, 3):
         assert run(tree[0], tmp_path / str(workers), "--layout", "opengait", "--workers", workers) == 0
+    same_folders(tmp_path / "1", tmp_path / "2")
     same_folders(tmp_path / "1", tmp_path / "3")
+
+
+def test_the_bar_counts_what_is_new(monkeypatch):
+    """Sequences of an earlier run are done, but say nothing about how long the others take."""
+    bars = []
+
+    class Bar(prepare.tqdm):
+        def __init__(self, **options):
+            super().__init__(**{**options, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(prepare, "tqdm", Bar)
+    with prepare._progress_bar(100) as progress:
+        progress(40, 0)
+        progress(30, 0)
+        for _ in range(10):
+            progress(1, 50)
+    assert (bars[0].initial, bars[0].n) == (70, 80) and bars[0].postfix.endswith(" frames/s")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -284,6 +304,82 @@ def test_resumes_after_a_kill_with_the_same_output(tmp_path, signal_number, work
     same_folders(tmp_path / "out", tmp_path / "clean")
 
 
+# Starts the command again and again in a child, which ends at a random moment unless it is done; then lets it end. The
+# children are forked: importing PyTorch would take longer than the work.
+KILLED = """
+import argparse, os, random, resource, signal, sys, time
+from gaitfast.data import codec, prepare
+from gaitfast.strict_yaml import UserError
+
+def command(limit=None):
+    child = os.fork()
+    if child:
+        return child
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    parser = argparse.ArgumentParser()
+    prepare.configure(parser)
+    try:
+        code = prepare.main(parser.parse_args(sys.argv[3:]))
+    except UserError as error:
+        print(error, flush=True)
+        code = 2
+    sys.stdout.flush()
+    os._exit(code)
+
+codec.compiled()
+rng, kills, limit = random.Random(int(sys.argv[1])), 0, int(sys.argv[2])
+if limit:
+    os.waitpid(command(limit), 0)
+    sys.exit()
+while True:
+    child = command()
+    moment = time.monotonic() + rng.expovariate(1 / 0.02 if kills < 60 else 1 / 5.0)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0, status
+            print(kills)
+            sys.exit()
+        if time.monotonic() > moment:
+            break
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+"""
+
+
+def start_killed(tmp_path, *arguments):
+    (tmp_path / "killed.py").write_text(KILLED)
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(prepare.__file__))))
+    command = [sys.executable, tmp_path / "killed.py", *map(str, arguments), "--layout", "opengait", "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": root}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment_and_again_it_ends_with_the_same_bytes(tree, tmp_path, seed):
+    """SIGKILL at some sixty random moments of the work, also while files are renamed, assembled and cleaned up."""
+    assert run(tree[0], tmp_path / "clean", "--layout", "opengait", "--workers", 1) == 0
+    done = start_killed(tmp_path, seed, 0, tree[0], tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 5
+    same_folders(tmp_path / "clean", tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_file_that_may_not_grow_leaves_nothing_half_written(tree, tmp_path):
+    """A real refusal in the midst of a shard (RLIMIT_FSIZE, as a full disk): one line, no rest, and it resumes."""
+    done = start_killed(tmp_path, 0, 100_000, tree[0], tmp_path / "out")
+    assert "out.partial: a file grew beyond what this session may write" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "out.partial").rglob("*") if path.is_file()] == ["plan"]
+    assert run(tree[0], tmp_path / "out", "--layout", "opengait", "--workers", 1) == 0
+    assert run(tree[0], tmp_path / "clean", "--layout", "opengait", "--workers", 1) == 0
+    same_folders(tmp_path / "clean", tmp_path / "out")
+
+
 def interrupt_after(monkeypatch, count, error):
     """Let the packing of shards fail after `count` of them."""
     original, calls = packing.pack_shard, []
@@ -316,7 +412,7 @@ def test_a_full_disk_for_real(tree, tmp_path):
     (tmp_path / "shard").symlink_to("/dev/full")
     writer = shards.ShardWriter(tmp_path / "shard")
     with pytest.raises(OSError) as caught:
-        writer.append(np.random.default_rng(0).integers(0, 256, (9, 64, 64), dtype=np.uint8))
+        writer.append(codec.compress(np.random.default_rng(0).integers(0, 256, (9, 64, 64), dtype=np.uint8)))
         writer.close()
     assert caught.value.errno == errno.ENOSPC
 

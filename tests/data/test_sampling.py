@@ -3,7 +3,9 @@ import itertools
 import numpy as np
 import pytest
 
+from gaitfast import randomness
 from gaitfast.config import DataConfig, UserError
+from gaitfast.data import sampling
 from gaitfast.data.sampling import Sampler, ordered_frames, unordered_frames
 
 SAMPLES = np.arange(3000)
@@ -79,6 +81,17 @@ def test_unordered_frames_repeat_only_where_there_are_too_few():
     assert_uniform(frames[::2], range(4))
     assert any(len(set(row)) < 4 for row in frames[::2].tolist())  # with replacement, not a repeated permutation
     assert all(len(set(row)) == 6 for row in frames[1::2].tolist())
+
+
+@pytest.mark.skipif(not randomness.compiled(), reason="gaitfast._C is not built")
+@pytest.mark.parametrize("count", [1, 6, 30, 64])
+def test_the_compiled_draws_are_those_of_numpy(count):
+    rng = np.random.default_rng(count)
+    length = np.concatenate([rng.integers(1, 2 * count + 2, 400), rng.integers(1, 10**12, 100)])
+    meant = rng.integers(1, count + 1, 500)
+    options = {"seed": 2**61 + 7, "purpose": "test", "step": 2**33, "sample": np.arange(500) * 3}
+    ours = unordered_frames(length, count, meant=meant, **options)
+    np.testing.assert_array_equal(ours, sampling._numpy_unordered_frames(length, count, meant, **options))
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------

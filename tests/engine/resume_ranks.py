@@ -65,7 +65,7 @@ def train(folder: Path, process: world.World, config: PretrainConfig, first: int
         found = checkpoint.newest(folder)
         assert found.step == first
         state.restore(engine, found.tensors() if process.is_main else {}, process)
-        if scaler := state.scaler(engine):
+        if scaler := engine.scaler:
             scaler.load_state_dict(found.manifest["scaler"])
     losses = []
     share = slice(process.rank * BATCH // process.size, (process.rank + 1) * BATCH // process.size)
@@ -74,7 +74,7 @@ def train(folder: Path, process: world.World, config: PretrainConfig, first: int
         loss = engine.engine(*(part[share] for part in batch_of(step)))
         engine.backward_and_step(loss)
         losses.append(float(process.mean(loss.detach().double())))
-    tensors, scaler = state.collect(engine, process), state.scaler(engine)
+    tensors, scaler = state.collect(engine, process), engine.scaler
     manifest = {"step": last, "scaler": scaler.state_dict() if scaler else {}}
     process.agree(lambda: checkpoint.write(folder, tensors, manifest, config.checkpoint) and None)
     return losses
