@@ -165,6 +165,8 @@ def test_batches_do_not_depend_on_the_decoder(dataset, device):
 
 @pytest.mark.parametrize("residency", ["host", "device"])
 def test_batches_do_not_depend_on_residency(dataset, device, config, batches, residency):
+    if not codec.compiled():
+        pytest.skip("the extension is not built")
     opened = PackedDataset.open(dataset.path)  # which then holds its frames in memory
     loader = build_loader(opened, replace(config, residency=residency), **OPTIONS, device=device)
     for a, b in zip(take(loader, 6), batches):
@@ -182,7 +184,7 @@ def test_what_needs_the_extension_says_so(dataset, device):
 def test_several_shards_are_one_dataset(dataset, device, config, batches, tmp_path):
     several = write_dataset(tmp_path / "several", LENGTHS, shard_files=4)
     assert len(several.facts["shards"]) == 4
-    for residency in ("mapped", "host", "device"):
+    for residency in ("mapped", "host", "device") if codec.compiled() else ("mapped",):
         loader = build_loader(several, replace(config, residency=residency), **OPTIONS, device=device)
         for a, b in zip(take(loader, 3), batches):
             assert_equal(a, b)
