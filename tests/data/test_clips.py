@@ -47,11 +47,10 @@ def shards_of(frames: np.ndarray, sizes: tuple[int, ...] = ()) -> dict:
     assert sum(sizes) == len(frames)
     found = {"data": [], "offsets": [], "crc": []}
     for begin, end in itertools.pairwise(np.cumsum([0, *sizes])):
-        chunks = [codec.compress(frame) for frame in frames[begin:end]]
-        sums = np.array([zlib.crc32(chunk) for chunk in chunks], np.uint32).view(np.int32)
-        found["data"].append(torch.from_numpy(np.frombuffer(bytearray(b"".join(chunks)), np.uint8)))
-        found["offsets"].append(torch.from_numpy(np.cumsum([0, *map(len, chunks)])))
-        found["crc"].append(torch.from_numpy(sums))
+        chunks = codec.compress(frames[begin:end])
+        found["data"].append(torch.from_numpy(chunks.data.copy()))
+        found["offsets"].append(torch.from_numpy(np.concatenate([[0], np.cumsum(chunks.size)])))
+        found["crc"].append(torch.from_numpy(chunks.crc.view(np.int32)))
     found["shards"] = torch.repeat_interleave(torch.tensor(sizes))
     found["numbers"] = torch.cat([torch.arange(size) for size in sizes])
     return found
