@@ -22,12 +22,13 @@ def extension() -> dict:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     sources = ["csrc/library.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").rglob("*.cpp"))]
-    # No OpenMP: its threads would be a second pool beside PyTorch's, and on a small machine the two spin against each
-    # other (a third of the step on two cores). What runs in parallel here brings its own threads.
+    # Compiled for OpenMP, not linked with it: at::parallel_for finds the library that PyTorch has loaded, and shares
+    # its threads. A second pool beside them would spin against it (a third of the step on two cores).
     # No contraction: error-free transformations (csrc/cpu/retrieval) say themselves where they want a fused product.
     # -Wno-psabi: functions on vectors are all inlined, so how they would be passed does not matter.
     rounding = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    flags = {"cxx": ["-O3", "-std=c++20", "-Wall", "-Wno-psabi", *rounding]}
+    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
+    flags = {"cxx": ["-O3", "-std=c++20", "-Wall", "-Wno-psabi", *rounding, *openmp]}
     cuda = torch.version.cuda is not None and CUDA_HOME is not None
     cuda_sources = sorted(
         str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").rglob("*") if p.suffix in (".cpp", ".cu")

@@ -3,24 +3,27 @@
 First every operation's results are compared with float64: nothing is timed that is not at most twice as far from it as
 plain PyTorch. Then, for the calls that a denoiser makes, forward and backward are timed against the reference
 operation, eager and under torch.compile; temporal attention also against scaled_dot_product_attention with the bias as
-its mask. `share` is the part of the machine's copy bandwidth at which the floor's bytes would have crossed memory.
+its mask. `share` is the part of the machine's copy bandwidth at which the floor's bytes would have crossed memory,
+`matmul_share` the part of its matrix rate at which the floor's operations would have been done.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.environment import envelope
-from benchmarks.shapes import Call, denoiser_calls, moved_elements, tensors
+from benchmarks.shapes import Call, denoiser_calls, flops, moved_elements, tensors
 from benchmarks.timing import Timing, copy_ceiling, interleaved, matmul_ceiling
 from gaitfast import files, kernels
 
@@ -111,7 +114,20 @@ def bodies(function: Callable[..., Tensor], sets: list[tuple], call: Call, direc
     return out
 
 
-def rows(call: Call, dtype: torch.dtype, device: str, ceiling: float, *, seconds: float, compiled: bool) -> list[dict]:
+class Ceilings(NamedTuple):
+    """What the machine can do at most."""
+
+    copy_gb_per_s: float
+    matmul_tflops: float
+
+    @classmethod
+    def of(cls, device: str, dtype: torch.dtype) -> Ceilings:
+        return cls(round(copy_ceiling(device), 1), round(matmul_ceiling(device, dtype), 2))
+
+
+def rows(
+    call: Call, dtype: torch.dtype, device: str, ceilings: Ceilings, *, seconds: float, compiled: bool
+) -> list[dict]:
     """Forward, and forward with backward, of one call."""
     elements = sum(torch.Size(a).numel() for a in call.arguments[:1])
     size = elements * dtype.itemsize
@@ -124,13 +140,15 @@ def rows(call: Call, dtype: torch.dtype, device: str, ceiling: float, *, seconds
     if call.operation == "temporal_attention":
         sides["sdpa"] = scaled_dot_product
     forward, backward = moved_elements(call)
+    once, again = flops(call)
     width = 4 if call.operation == "film" else dtype.itemsize
     found = []
-    for direction, moved in (("forward", forward), ("forward+backward", forward + backward)):
+    for direction, moved, done in (("forward", forward, once), ("forward+backward", forward + backward, once + again)):
         timings = interleaved(
             {name: bodies(side, sets, call, direction) for name, side in sides.items()}, device, seconds=seconds
         )
         rate = moved * width / timings["ours"].median / 1e6
+        tflops = done / timings["ours"].median / 1e9
         found.append(
             {
                 "call": call.label,
@@ -141,7 +159,9 @@ def rows(call: Call, dtype: torch.dtype, device: str, ceiling: float, *, seconds
                 "ms": {name: [round(v, 5) for v in timing] for name, timing in timings.items()},
                 "floor_mb": round(moved * width / 1e6, 3),
                 "gb_per_s": round(rate, 1),
-                "share": round(rate / ceiling, 4),
+                "share": round(rate / ceilings.copy_gb_per_s, 4),
+                "tflops": round(tflops, 3),
+                "matmul_share": round(tflops / ceilings.matmul_tflops, 4),
                 **ratios(timings),
             }
         )
@@ -149,7 +169,7 @@ def rows(call: Call, dtype: torch.dtype, device: str, ceiling: float, *, seconds
     difference = found[1]["ms"]["ours"][0] - found[0]["ms"]["ours"][0]
     if difference > 0:
         rate = backward * width / difference / 1e6
-        found[1] |= {"backward_gb_per_s": round(rate, 1), "backward_share": round(rate / ceiling, 4)}
+        found[1] |= {"backward_gb_per_s": round(rate, 1), "backward_share": round(rate / ceilings.copy_gb_per_s, 4)}
     return found
 
 
@@ -166,11 +186,13 @@ def at_full_resolution(call: Call) -> bool:
     return math.prod(call.arguments[0][2:4]) == 64 or call.arguments[0][2] == 64
 
 
-def headline(found: list[dict], batch: int) -> dict:
-    """The figures that the issue asks for, of the largest shapes."""
+def headline(found: list[dict], batch: int, kind: str) -> dict:
+    """The figures that the issue asks for, of the largest shapes in the first type measured."""
     out: dict = {"batch": batch}
     for row in found:
         label = row["call"]
+        if row["type"] != kind:
+            continue
         if label.startswith("group_norm_film_silu") and "8x8x64 modulated" in label:
             if row["direction"] == "forward":
                 out["norm_forward_share"] = row["share"]
@@ -190,7 +212,7 @@ def main() -> int:
     )
     parser.add_argument("--batch", type=int, help="default: 64 on a GPU, 8 on a CPU, 2 there with --quick")
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--type", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--type", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
     parser.add_argument("--seconds", type=float, help="of timing for each row")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further call is timed")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -198,47 +220,52 @@ def main() -> int:
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = arguments.batch or (64 if device == "cuda" else 8 if arguments.full else 2)
-    dtype = getattr(torch, arguments.type)
+    dtypes = [getattr(torch, kind) for kind in arguments.type]
     calls = [c for c in denoiser_calls(arguments.dim, batch) if arguments.full or at_full_resolution(c)]
     small = {c.label: c for c in denoiser_calls(arguments.dim, 2)}
-    checked = {}
-    for call in small.values():
-        mine, theirs = check(call, dtype, device)
-        checked[call.label] = {"ours": mine, "plain": theirs}
-    print(f"{len(checked)} calls checked against float64", flush=True)
-    ceiling = copy_ceiling(device)
-    ceilings = {"copy_gb_per_s": round(ceiling, 1), "matmul_tflops": round(matmul_ceiling(device, dtype), 2)}
+    checked: dict[str, dict] = {kind: {} for kind in arguments.type}
+    for kind, dtype in zip(arguments.type, dtypes):
+        for call in small.values():
+            mine, theirs = check(call, dtype, device)
+            checked[kind][call.label] = {"ours": mine, "plain": theirs}
+    print(f"{len(small)} calls checked against float64", flush=True)
+    ceilings = {kind: Ceilings.of(device, dtype) for kind, dtype in zip(arguments.type, dtypes)}
     seconds = arguments.seconds or (0.3 if device == "cuda" else 2.0)
     found: list[dict] = []
     failed: dict[str, str] = {}
 
     def write() -> None:
         if arguments.json:
-            result = envelope({**headline(found, batch), **ceilings}, found)
+            result = envelope(summary(), found)
             files.write_json(arguments.json, {**result, "checked": checked, "failed": failed})
 
+    def summary() -> dict:
+        limits = {kind: limit._asdict() for kind, limit in ceilings.items()}
+        return {**headline(found, batch, arguments.type[0]), **limits[arguments.type[0]], "ceilings": limits}
+
     # The longest first: a run that is cut off has then seen what matters.
-    for call in sorted(calls, key=lambda c: -moved_elements(c)[1]):
+    ordered = sorted(calls, key=lambda c: -moved_elements(c)[1])
+    for call, kind in itertools.product(ordered, arguments.type):
         if time.perf_counter() - started > arguments.budget:
             break
         try:
-            new = rows(
-                call, dtype, device, ceiling, seconds=seconds, compiled=arguments.full and at_full_resolution(call)
-            )
+            compiled = arguments.full and at_full_resolution(call)
+            new = rows(call, getattr(torch, kind), device, ceilings[kind], seconds=seconds, compiled=compiled)
         except Exception as error:  # the other calls' figures are worth having all the same
-            failed[call.label] = f"{error.__class__.__name__}: {error}"[:300]
-            print(f"{call.label}: {failed[call.label]}", flush=True)
+            failed[f"{call.label} {kind}"] = f"{error.__class__.__name__}: {error}"[:300]
+            print(f"{call.label} {kind}: {error}"[:300], flush=True)
             continue
         found += new
         for row in new:
             others = ", ".join(f"{key[3:]} {row[key]:.2f}x" for key in row if key.startswith("vs_"))
             share = f"{row['share']:.0%} of copy"
             print(
-                f"{row['call']:<55} {row['direction']:<17} {row['ms']['ours'][0]:9.4f} ms {share}; {others}", flush=True
+                f"{row['call']:<55} {kind:<8} {row['direction']:<17} {row['ms']['ours'][0]:9.4f} ms {share}; {others}",
+                flush=True,
             )
         write()
     write()
-    print(json.dumps({**headline(found, batch), **ceilings}))
+    print(json.dumps(summary()))
     return 1 if failed else 0
 
 

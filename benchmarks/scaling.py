@@ -13,8 +13,8 @@ what a ring moves per process and step for P trained float32 parameters,
     stage 3     3 (N-1)/N * 4P   weights once more for the backward pass
 
 and messages the collectives of a step: buckets of gradients and weights, and the sums of every batch norm (two forward,
-one backward). A ring takes rounds(N) = 2 (N-1) hops for each. `exposed` is the part of the transfer that no computing
-hides; here it is 1, the worst case.
+one backward). Each takes rounds(N) hops: 2 (N-1) in the ring of gloo, 2 log2(N) in the trees of NCCL. `exposed` is the
+part of the transfer that no computing hides; here it is 1, the worst case.
 
 Measured here: compute(1), bandwidth and latency of gloo between processes, and the steps per second of 1, 2 and 4
 processes. The prediction for A100s takes compute(1) from the FLOPs of a step and stated assumptions; no GPU was used.
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -46,14 +47,14 @@ from gaitfast.engine import world
 from gaitfast.models import build_denoiser, build_recognizer
 
 CONFIG = """
-data: {{path: {dataset}, frames: 6, threads: 1}}
+data: {{path: {dataset}, frames: 4, threads: 1}}
 backbone: {{name: smplgait, variant: gait3d, width: 0.5}}
 denoiser: {{dim: 32}}
-train: {{iterations: 14, batch: 8, precision: fp32, zero_stage: {stage}}}
+train: {{iterations: 10, batch: 8, precision: fp32, zero_stage: {stage}}}
 eval: {{every: 0, condition_clips: 2, condition_timesteps: 1}}
 log_every: 1
 """
-WARM_UP = 4
+WARM_UP = 2
 """Steps left out of the median."""
 
 
@@ -65,6 +66,12 @@ class Links:
     """Bytes per second that a process sends in a ring."""
     latency: float
     """Seconds of one hop."""
+    tree: bool = False
+    """Whether small messages travel along a tree."""
+
+    def rounds(self, processes: int) -> float:
+        """Hops of a small message to everybody and back."""
+        return 2 * (math.log2(processes) if self.tree else processes - 1)
 
 
 def ring_bytes(parameters: int, stage: int, processes: int) -> float:
@@ -86,7 +93,7 @@ def predicted_seconds(
     """Seconds of a step: `compute` are those of one process, the batch is cut into `processes` parts."""
     share = 1 / min(processes, processors)
     sent = ring_bytes(parameters, stage, processes) / links.bandwidth
-    return compute * share + exposed * sent + messages * links.latency * 2 * (processes - 1)
+    return compute * share + exposed * sent + messages * links.latency * links.rounds(processes)
 
 
 def size_of(config: PretrainConfig) -> tuple[int, int]:
@@ -145,8 +152,9 @@ def exchange(parameters: int) -> None:
 
 def measured_links(parameters: int, processes: int) -> Links:
     times = json.loads(launch([sys.executable, "-m", "benchmarks.scaling", "--exchange", str(parameters)], processes))
-    latency = times["latency"] / (2 * (processes - 1))
-    return Links(ring_bytes(parameters, 0, processes) / max(1e-9, times["bandwidth"] - times["latency"]), latency)
+    latency = times["latency"] / Links(1.0, 0.0).rounds(processes)
+    seconds = max(1e-9, times["bandwidth"] - times["latency"])
+    return Links(ring_bytes(parameters, 0, processes) / seconds, latency)
 
 
 def measured_seconds(config: Path, folder: Path, processes: int) -> float:
@@ -165,8 +173,8 @@ A100 = {
     "utilisation": 0.35,
     "tflop_per_sample": (57.3 + 3 * 6.5 + 3 * 10.0) / 1000,
     "node": 8,
-    "inside": Links(2.0e11, 1e-5),
-    "between": Links(2.0e10, 3e-5),
+    "inside": Links(2.0e11, 1e-5, tree=True),
+    "between": Links(2.0e10, 3e-5, tree=True),
 }
 """Assumptions: 35 % of the bf16 peak; per sample of 30 frames TAESD's encoder once, denoiser (dim 64) and backbone (10
 GFLOP forward) three times; 8 GPUs to a node, 200 GB/s inside it and 20 GB/s per process between nodes, 10 and 30

@@ -82,3 +82,21 @@ def moved_elements(call: Call) -> tuple[int, int]:
         weight = torch.Size(call.arguments[2]).numel()
         return weight, 2 * weight
     return 2 * x, 3 * x
+
+
+def flops(call: Call) -> tuple[int, int]:
+    """Operations of the matrix products that a call must do at least, two per multiply-add: forward, backward.
+
+    Attention computes its weights again in the backward pass.
+    """
+    if call.operation == "film":
+        once = 2 * call.arguments[0][0] * torch.Size(call.arguments[2]).numel()
+        return once, 2 * once
+    if not call.operation.endswith("attention"):
+        return 0, 0
+    batch, frames, sites, width = call.arguments[0]
+    partners = {"temporal_attention": frames, "spatial_attention": sites}
+    # Linear attention: each row of 32 features meets a context of 32 x 32, twice.
+    dim_head = width // (3 * call.arguments[-1])
+    once = 4 * batch * frames * sites * (width // 3) * partners.get(call.operation, dim_head)
+    return once, 5 * once // 2

@@ -125,6 +125,7 @@ def ours(case: Case, config: Any, process: world.World) -> Side:
     def close() -> None:
         loader.close()
         run.meters.close()
+        run.events.close()
 
     return Side(step, close, run, lambda: next(loader))
 

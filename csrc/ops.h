@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include <string>
+
 namespace gaitfast {
 
 // bytes: uint8 (any); offset, size: int64 (n). Says nothing about the ranges themselves: see chunk_in_range.
@@ -20,6 +22,14 @@ inline bool chunk_in_range(int64_t offset, int64_t size, int64_t total) {
 
 namespace retrieval {
 bool uses_tile_unit();
+}
+
+namespace convolution {
+bool has_row_products();
+}
+
+namespace denoiser {
+std::string instructions();
 }
 
 }  // namespace gaitfast

@@ -270,6 +270,9 @@ def _ops(torch: Any) -> list[Check]:
     except Exception as error:  # no kernels in this build, or a backend was forced that does not exist
         checks.append(Check("denoiser", CHECK, f"{error.__class__.__name__}: {error}"))
     compiled = _compiled_ops(torch)
+    if "denoiser_instructions" in compiled:
+        level = torch.ops.gaitfast.denoiser_instructions()
+        checks.append(Check("denoiser on a CPU", OK, f"{level:<10} instructions; GAITFAST_CPU caps them"))
     for name, operators, plain in (
         ("frame decoding", {"inflate_frames", "chunk_crc32"}, "lz4"),
         ("clip augmentation", {"augment_clips"}, "DALI"),

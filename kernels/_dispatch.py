@@ -1,7 +1,7 @@
 """Which implementation of an operation runs: the one place that decides.
 
 `GAITFAST_BACKEND=reference|compiled|triton` forces a backend for every operation. Otherwise a CUDA device runs Triton
-wherever a kernel takes the arguments, and everything else runs the reference.
+and a CPU the compiled kernels wherever these take the arguments, and everything else runs the reference.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ _REFERENCE: dict[str, Callable] = {
 
 OPERATIONS = tuple(_REFERENCE)
 
-# Triton's package on first use: (it, "") or (None, why not). Importing it takes half a second and a working Triton.
-_triton: tuple[ModuleType | None, str] | None = None
+# A backend's package on first use: (it, "") or (None, why not). Triton's takes half a second and a working Triton, the
+# compiled one a built extension.
+_packages: dict[str, tuple[ModuleType | None, str]] = {}
 
 
 class BackendError(RuntimeError):
@@ -54,12 +55,9 @@ def backend_of(operation: str, *arguments) -> tuple[str, str]:
         return _measured(operation, device, arguments)
     if forced not in BACKENDS:
         raise BackendError(f"{_VARIABLE}={forced}: unknown backend; choose one of {', '.join(BACKENDS)}")
-    if forced == "compiled":
-        raise BackendError(f"{_VARIABLE}=compiled: {operation} has no such implementation; it has reference, triton")
-    if forced == "triton":
-        refused = _triton_refusal(operation, device, arguments)
-        if refused:
-            raise BackendError(f"{_VARIABLE}=triton: {operation}: {refused}; unset it or choose reference")
+    refused = _REFUSALS[forced](operation, device, arguments)
+    if refused:
+        raise BackendError(f"{_VARIABLE}={forced}: {operation}: {refused}; unset it or choose reference")
     return forced, f"forced by {_VARIABLE}"
 
 
@@ -69,28 +67,29 @@ def run(operation: str, x: torch.Tensor, *arguments):
     Autocast is off inside: an operation's types follow from its arguments alone, on every backend alike.
     """
     name, _ = backend_of(operation, x, *arguments)
-    call = _REFERENCE[operation] if name == "reference" else _triton_module(operation).run
+    call = _implementation(name, operation)
     with torch.autocast(x.device.type, enabled=False):
         return call(x, *arguments)
 
 
 def _measured(operation: str, device: str, arguments: tuple) -> tuple[str, str]:
-    """The choice where nothing is forced."""
-    if device != "cuda":
-        return "reference", "the only one for the CPU so far"
-    refused = _triton_refusal(operation, device, arguments)
-    return ("reference", refused) if refused else ("triton", "a CUDA device")
+    """The choice where nothing is forced: what is measured to be the fastest on each device."""
+    choice, reason = ("triton", "a CUDA device") if device == "cuda" else ("compiled", "C++ for the CPU")
+    refused = _REFUSALS[choice](operation, device, arguments)
+    return ("reference", refused) if refused else (choice, reason)
 
 
-def _triton_module(operation: str) -> ModuleType:
-    package, why = _triton_package()
+def _implementation(backend: str, operation: str) -> Callable:
+    if backend == "reference":
+        return _REFERENCE[operation]
+    package, why = _package(backend)
     assert package is not None, why
-    return package.MODULES[operation]
+    return package.MODULES[operation].run if backend == "triton" else package.RUN[operation]
 
 
 def _triton_refusal(operation: str, device: str, arguments: tuple) -> str | None:
     """Why Triton cannot run this, or None."""
-    package, why = _triton_package()
+    package, why = _package("triton")
     if package is None:
         return why
     if package.INTERPRETED and device == "cuda":
@@ -100,13 +99,30 @@ def _triton_refusal(operation: str, device: str, arguments: tuple) -> str | None
     return package.MODULES[operation].refusal(*arguments) if arguments else None
 
 
-def _triton_package() -> tuple[ModuleType | None, str]:
-    global _triton
-    if _triton is None:
-        try:
-            from . import triton_ops
+def _compiled_refusal(operation: str, device: str, arguments: tuple) -> str | None:
+    """Why the compiled kernels cannot run this, or None."""
+    if device != "cpu":
+        return f"the compiled kernels are for the CPU, not for {device}"
+    package, why = _package("compiled")
+    return why if package is None else package.refusal(operation, *arguments) if arguments else None
 
-            _triton = triton_ops, ""
+
+_REFUSALS: dict[str, Callable[[str, str, tuple], str | None]] = {
+    "reference": lambda operation, device, arguments: None,
+    "compiled": _compiled_refusal,
+    "triton": _triton_refusal,
+}
+
+
+def _package(backend: str) -> tuple[ModuleType | None, str]:
+    if backend not in _packages:
+        try:
+            if backend == "triton":
+                from . import triton_ops as package
+            else:
+                from . import compiled_ops as package
+            _packages[backend] = package, ""
         except Exception as error:  # absent, or it does not suit this torch, this Python or this driver
-            _triton = None, f"Triton does not import ({error.__class__.__name__}: {error})"[:150]
-    return _triton
+            what = "Triton does not import" if backend == "triton" else "the compiled extension does not load"
+            _packages[backend] = None, f"{what} ({error.__class__.__name__}: {error})"[:150]
+    return _packages[backend]

@@ -83,6 +83,8 @@ def test_it_is_right_about_this_machine(here):
     except ImportError:
         built = False
     assert found["frame decoding"]["detail"].startswith("compiled" if built else "lz4")
+    if built:
+        assert found["denoiser on a CPU"]["detail"].startswith(torch.ops.gaitfast.denoiser_instructions())
 
 
 def test_forced_backend_that_does_not_exist_is_a_line_not_a_crash(here):

@@ -3,6 +3,7 @@
 // Forward a maximum leaves a byte that says which entry won, the first of equal ones; backward needs that byte and the
 // result's sign, not the map that went in.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -10,7 +11,6 @@
 #include <cstring>
 
 #include "retrieval/simd.h"
-#include "team.h"
 
 namespace gaitfast {
 namespace {
@@ -144,7 +144,8 @@ GAITFAST_MULTIVERSION(template <class T>, spread_frame,
                       (gradient, which, length, frame, out))
 
 void check_map(const char* op, const at::Tensor& x) {
-  TORCH_CHECK(x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast), op, ": maps are (F, C, H, W), channels_last");
+  TORCH_CHECK(x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast), op,
+              ": maps are (F, C, H, W), channels_last");
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op, ": maps are float32 or bfloat16");
 }
 
@@ -176,7 +177,7 @@ std::tuple<at::Tensor, at::Tensor> pool_leaky(const at::Tensor& x, double slope)
   const int64_t from = x.size(3) * channels, to = width * channels, rows = x.size(2);
   typed(x, [&](auto type) {
     using T = decltype(type);
-    in_team(frames * height, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, frames * height, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const T* a = data<T>(x) + (i / height * rows + 2 * (i % height)) * from;
         pool_row<T>(level, a, a + from, width, channels, static_cast<float>(slope), data<T>(out) + i * to,
@@ -187,25 +188,27 @@ std::tuple<at::Tensor, at::Tensor> pool_leaky(const at::Tensor& x, double slope)
   return {out, code};
 }
 
-at::Tensor pool_leaky_backward(const at::Tensor& gradient, const at::Tensor& out, const at::Tensor& code, int64_t height,
-                               int64_t width, double slope) {
+at::Tensor pool_leaky_backward(const at::Tensor& gradient, const at::Tensor& out, const at::Tensor& code,
+                               int64_t height, int64_t width, double slope) {
   check_alike("pool_leaky_backward", gradient, out);
   TORCH_CHECK(code.scalar_type() == at::kByte && code.sizes() == out.sizes() &&
                   code.is_contiguous(at::MemoryFormat::ChannelsLast),
               "pool_leaky_backward: code must be uint8, as pool_leaky returned it");
   TORCH_CHECK(height / 2 == out.size(2) && width / 2 == out.size(3), "pool_leaky_backward: not the map's size");
   const int64_t frames = out.size(0), channels = out.size(1), rows = out.size(2), windows = out.size(3);
-  auto result = at::empty({frames, channels, height, width}, out.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const auto format = at::MemoryFormat::ChannelsLast;
+  auto result = at::empty({frames, channels, height, width}, out.options().memory_format(format));
   if (height % 2 || width % 2) result.zero_();  // a last row or column that no window holds
   const Simd level = simd();
   const int64_t from = windows * channels, to = width * channels;
   typed(out, [&](auto type) {
     using T = decltype(type);
-    in_team(frames * rows, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, frames * rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         T* a = data<T>(result) + (i / rows * height + 2 * (i % rows)) * to;
         unpool_row<T>(level, data<T>(gradient) + i * from, data<T>(out) + i * from,
-                      code.const_data_ptr<uint8_t>() + i * from, windows, channels, static_cast<float>(slope), a, a + to);
+                      code.const_data_ptr<uint8_t>() + i * from, windows, channels, static_cast<float>(slope), a,
+                      a + to);
       }
     });
   });
@@ -215,18 +218,15 @@ at::Tensor pool_leaky_backward(const at::Tensor& gradient, const at::Tensor& out
 void leaky_backward_(at::Tensor& gradient, const at::Tensor& out, double slope) {
   check_alike("leaky_backward_", gradient, out);
   const Simd level = simd();
-  constexpr int64_t kPiece = 4096;
-  const int64_t count = out.numel();
   typed(out, [&](auto type) {
     using T = decltype(type);
-    in_team((count + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kPiece, last = std::min(count, end * kPiece);
-      leak<T>(level, data<T>(gradient) + first, data<T>(out) + first, last - first, static_cast<float>(slope));
+    at::parallel_for(0, out.numel(), 4096, [&](int64_t begin, int64_t end) {
+      leak<T>(level, data<T>(gradient) + begin, data<T>(out) + begin, end - begin, static_cast<float>(slope));
     });
   });
 }
 
-constexpr int64_t kColumns = 1024;  // entries of a map that one pass over the frames takes: they stay in the first cache
+constexpr int64_t kColumns = 1024;  // entries of a map that one pass over the frames takes: they stay in the cache
 
 std::tuple<at::Tensor, at::Tensor> frames_max(const at::Tensor& x) {
   TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "frames_max: clips are (N, S, M), contiguous");
@@ -238,7 +238,7 @@ std::tuple<at::Tensor, at::Tensor> frames_max(const at::Tensor& x) {
   const Simd level = simd();
   typed(x, [&](auto type) {
     using T = decltype(type);
-    in_team(clips * pieces, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, clips * pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t clip = i / pieces, first = i % pieces * kColumns;
         top_frame<T>(level, data<T>(x) + clip * frames * length + first, frames, length,
@@ -261,7 +261,7 @@ at::Tensor frames_max_backward(const at::Tensor& gradient, const at::Tensor& whi
   const Simd level = simd();
   typed(gradient, [&](auto type) {
     using T = decltype(type);
-    in_team(clips * frames, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, clips * frames, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t clip = i / frames;
         spread_frame<T>(level, data<T>(gradient) + clip * length, which.const_data_ptr<uint8_t>() + clip * length,

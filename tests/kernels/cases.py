@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from gaitfast import kernels
 FLOOR = 4 * 2**-23
 """Relative distance that is no fault: four roundings of float32, in which every kernel accumulates. It decides where a
 result is a handful of numbers, on which plain PyTorch can be right by luck."""
+
+
+class Side(NamedTuple):
+    """An implementation in one type, and how many times plain PyTorch's distance to float64 it may have."""
+
+    name: str
+    level: str | None
+    """GAITFAST_CPU of a compiled one."""
+    device: str
+    dtype: torch.dtype
+    factor: float = 2.0
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -121,16 +133,14 @@ def distance(ours: Tensor, truth: Tensor) -> float:
     return ((ours.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 
-def assert_as_good_as_pytorch(
-    operation: str, dtype: torch.dtype, device: str, arguments: tuple, *, factor: float = 2.0, name: str = "triton"
-) -> None:
+def assert_as_good_as_pytorch(operation: str, side: Side, arguments: tuple) -> None:
     """Output and every gradient within `factor` times plain PyTorch's distance to float64, and of the right type."""
-    given = typed(operation, arguments, dtype, device)
+    given = typed(operation, arguments, side.dtype, side.device)
     exact = tuple(a.double() if isinstance(a, Tensor) else a for a in given)
     truth = results(operation, exact, "reference")
     plain = results(operation, given, "reference")
-    ours = results(operation, given, name)
+    ours = results(operation, given, side.name)
     for i, (t, p, o) in enumerate(zip(truth, plain, ours)):
         assert o.shape == t.shape and o.dtype == p.dtype and torch.isfinite(o).all(), (i, o.dtype, p.dtype)
-        allowed = factor * distance(p, t) + FLOOR
+        allowed = side.factor * distance(p, t) + FLOOR
         assert distance(o, t) <= allowed, f"result {i}: {distance(o, t):.2e} of at most {allowed:.2e}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gaitfast import kernels
-from tests.kernels.cases import assert_as_good_as_pytorch, backend
+from tests.kernels.cases import Side, assert_as_good_as_pytorch, backend
 
 pytestmark = pytest.mark.gpu
 
@@ -16,7 +16,7 @@ def test_every_call_of_a_training_step(operation):
     for call in denoiser_calls(64, 64):
         if call.operation == operation:
             arguments = tensors(call, torch.float32, "cuda")
-            assert_as_good_as_pytorch(operation, torch.bfloat16, "cuda", arguments)
+            assert_as_good_as_pytorch(operation, Side("triton", None, "cuda", torch.bfloat16), arguments)
             torch.cuda.empty_cache()
 
 

@@ -1,4 +1,4 @@
-"""The golden cases of the denoiser on the Triton backend: the whole network, every gradient."""
+"""The golden cases of the denoiser on every backend but the reference: the whole network, every gradient."""
 
 import json
 
@@ -8,17 +8,26 @@ from safetensors.torch import load_file
 
 from gaitfast.interop import video_diffusion
 from tests.golden_recipe import golden_integers, golden_normal
-from tests.kernels.cases import backend, distance
+from tests.kernels.cases import Side, backend, distance
 from tests.models.test_denoiser import GOLDEN, golden_model
 
+CASES = ("denoiser_dim32", "denoiser_dim64")
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize(
-    "name",
-    # The other one takes the interpreter minutes.
-    ["denoiser_dim64", pytest.param("denoiser_dim32", marks=pytest.mark.gpu)],
+    "name,implementation",
+    [
+        *((name, Side("compiled", level, "cpu", torch.float32)) for name in CASES for level in ("avx2", "amx")),
+        # The other one takes the interpreter minutes.
+        pytest.param("denoiser_dim64", Side("triton", None, "cpu", torch.float32), marks=pytest.mark.slow),
+        *(pytest.param(name, Side("triton", None, "cuda", torch.float32), marks=pytest.mark.gpu) for name in CASES),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.name}-{value.level or value.device}",
 )
-def test_golden_outputs_loss_and_every_gradient(name, device, monkeypatch):
+def test_golden_outputs_loss_and_every_gradient(name, implementation, monkeypatch):
+    device = implementation.device
+    if implementation.level:
+        monkeypatch.setenv("GAITFAST_CPU", implementation.level)
     # cuDNN would multiply in TF32.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     facts, golden = json.loads((GOLDEN / f"{name}.json").read_text()), load_file(GOLDEN / f"{name}.safetensors")
@@ -27,7 +36,7 @@ def test_golden_outputs_loss_and_every_gradient(name, device, monkeypatch):
     latents = golden_normal(f"{name}.x", shape).float().to(device)
     timestep = golden_integers(f"{name}.t", (batch,), 0, 1000).to(device)
     condition = golden_normal(f"{name}.cond", (batch, facts["cond_dim"])).float().to(device).requires_grad_()
-    with backend("triton"):
+    with backend(implementation.name):
         predicted = model(latents, timestep, condition)
         loss = (predicted - golden_normal(f"{name}.target", shape).to(device)).square().mean()
         loss.backward()

@@ -1,0 +1,19 @@
+// Compiled for AVX-512, whatever the builder's CPU. Headers of others come before the pragma, so that nothing of theirs
+// is compiled for it.
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside GCC 12's own intrinsics
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define GAITFAST_LEVEL 2
+#else
+#define GAITFAST_LEVEL 0
+#endif
+#define GAITFAST_TABLE kAvx512Kernels
+#include "table.h"

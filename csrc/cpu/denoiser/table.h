@@ -1,0 +1,19 @@
+// The table of the level that the including file has chosen, as GAITFAST_TABLE.
+#include "group_norm.h"
+#include "layer_norm.h"
+#include "linear_attention.h"
+
+namespace gaitfast::denoiser {
+
+const Kernels GAITFAST_TABLE = {
+    {group_norm<float>, group_norm<BFloat16>},
+    {group_norm_backward<float>, group_norm_backward<BFloat16>},
+    {layer_norm<float>, layer_norm<BFloat16>},
+    {layer_norm_backward<float>, layer_norm_backward<BFloat16>},
+    {attention<float>, attention<BFloat16>},
+    {attention_backward<float>, attention_backward<BFloat16>},
+    {linear_attention<float>, linear_attention<BFloat16>},
+    {linear_attention_backward<float>, linear_attention_backward<BFloat16>},
+};
+
+}  // namespace gaitfast::denoiser
