@@ -1,7 +1,7 @@
-"""The denoiser's first stage, ours and the reference's: two modulated blocks and two attentions at full resolution.
+"""Half a stage of the denoiser, ours and the reference's: a modulated block and temporal attention at full resolution.
 
-torch.compile needs minutes for the C++ of the whole reference on two cores, and less than one for its first stage,
-which has the same operations and the most activations. So `python -m benchmarks.denoiser --quick` compiles this.
+torch.compile needs minutes for the C++ of the whole reference on two cores, and half of one for this, which has most of
+the operations and the largest activations. So `python -m benchmarks.denoiser --quick` compiles this.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class OurStage(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (B, C, T, H, W), of any strides; embedding (B, E)."""
         pair = self.film(embedding[:, : self.split], embedding[:, self.split :])[:2]
-        return self.stage(x.permute(0, 2, 3, 4, 1).contiguous(), pair, self.positions(x.shape[2]))
+        x = self.stage.block1(x.permute(0, 2, 3, 4, 1).contiguous(), pair[0])
+        return self.stage.frames(x, self.positions(x.shape[1]))
 
 
 class ReferenceStage(nn.Module):
     def __init__(self, reference: Unet3D) -> None:
         super().__init__()
-        self.layers, self.bias = reference.downs[0][:4], reference.time_rel_pos_bias
+        self.block1, _, _, self.temporal, _ = reference.downs[0]
+        self.bias = reference.time_rel_pos_bias
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        block1, block2, spatial, temporal = self.layers
-        x = spatial(block2(block1(x, embedding), embedding))
-        return temporal(x, self.bias(x.shape[2], x.device))
+        return self.temporal(self.block1(x, embedding), self.bias(x.shape[2], x.device))
 
 
 def stage_step(stage: nn.Module, shape: tuple[int, ...], embedding: int, dtype: torch.dtype, device: str) -> Step:

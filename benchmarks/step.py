@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -71,6 +72,8 @@ def transferring(backbone: str, batch: str, frames: int = 30) -> Case:
     return Case("transfer", backbone, settings)
 
 
+HEADLINE = {"pretrain/smplgait": "", "pretrain/demo": "demo_"}
+"""Rows of the headline -> prefix of their figures there; peak memory is measured for them."""
 DEMO = Case("pretrain", "demo", {"eval.condition_clips": 4}, demo=True)
 
 
@@ -260,6 +263,8 @@ def networks_alone(run: Pretraining, batch: Any, device: torch.device) -> dict[s
 def peak_memory(name: str, case: Case, dataset: str, device: str, threads: int) -> dict[str, float]:
     """MiB of three steps of one side, in this process: beyond what lay there before, and all of it."""
     torch.set_num_threads(threads)
+    for name_of_parent in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name_of_parent, None)
     import deepspeed  # noqa: F401 (both sides, so that neither pays for it)
 
     process = world.start()
@@ -294,14 +299,15 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
         one = ours(case, config, process)
         other = plain(case, config, process, one.run)
         sides = {"plain": other.step, "ours": one.step}
-        if arguments.full:
+        if arguments.full and case.label in HEADLINE:
             sides["plain + malloc"] = other.step
         if arguments.compile:
             sides["compiled"] = plain(case, config, process, one.run, compiled=True).step
         with FlopCounterMode(display=False) as counter:
             other.step()
-        timings = in_turns(sides, device, arguments.seconds, arguments.least)
-        parts = parts_of(case, one, device, arguments.least)
+        least = arguments.least if case.label in HEADLINE else 2
+        timings = in_turns(sides, device, arguments.seconds, least)
+        parts = parts_of(case, one, device, least)
         one.close()
     count = config.train.sequences
     median = timings["ours"].median
@@ -320,7 +326,7 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
     if not case.demo:
         iterations, batch = PAPER[case.stage]
         row["paper_hours"] = round(iterations * batch / count * median / 3.6e6, 1)
-    if not arguments.no_memory:
+    if not arguments.no_memory and case.label in HEADLINE:
         found = {
             name: in_child(peak_memory, name, case, str(dataset), device.type, torch.get_num_threads())
             for name in ("plain", "ours")
@@ -333,10 +339,10 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
 
 
 def headline_of(rows: list[dict]) -> dict[str, float]:
-    """Of the row that the aims are stated for, SMPLGait at 4 x 30 frames, and of the demo."""
+    """Of SMPLGait at 4 x 30 frames and of the demo."""
     found: dict[str, float] = {}
     for row in rows:
-        prefix = {"pretrain/smplgait": "", "pretrain/demo": "demo_"}.get(row["case"])
+        prefix = HEADLINE.get(row["case"])
         if prefix is None:
             continue
         found[f"{prefix}vs_plain"] = row["vs"]["plain"]

@@ -70,7 +70,7 @@ def test_short_and_empty_clips_give_no_nan_in_pretraining(name, precision, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "precision"), [("reference", "fp32"), ("", "fp32"), ("", "bf16")])
 def test_the_loss_curve_is_the_recorded_one(backend, precision, tmp_path):
-    """200 steps on synthetic walkers; the curve was recorded in float32 by plain PyTorch operations.
+    """200 steps on synthetic walkers; the curve was recorded in float32, by the operations that a CPU runs by itself.
 
     The runs part by rounding alone, which training amplifies: the band is what one thread more or less gives, doubled,
     and in bfloat16 the one stated in docs/speed.md.

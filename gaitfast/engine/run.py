@@ -141,6 +141,10 @@ class TrainingRun:
         if self.watchdog:
             self.watchdog.beat()
 
+    def _patient(self) -> contextlib.AbstractContextManager:
+        """Inside, ranks work on their own for long."""
+        return self.watchdog.patient() if self.watchdog else contextlib.nullcontext()
+
     def _last_words(self) -> str:
         """Of a process at a standstill: what was handed over is written, and the log says what happened."""
         if self.writer:
@@ -206,7 +210,7 @@ class TrainingRun:
             self.events.add("evaluate", step=step)
         objective = self.engine.whole()
         objective.eval()
-        with self.watchdog.patient() if self.watchdog else contextlib.nullcontext():
+        with self._patient():
             row = {"step": step, **self.measure(objective)}
         objective.train()
         if self.world.is_main:
@@ -336,7 +340,8 @@ class TrainingRun:
         return values
 
     def _summarize(self, step: int) -> None:
-        own = self.finish(step)
+        with self._patient():
+            own = self.finish(step)
         if not self.world.is_main:
             return
         before, after = self.evaluations.at(0), self.evaluations.at(step)

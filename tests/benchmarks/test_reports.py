@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_report
-from benchmarks.denoiser import AGAIN, headline_of
+from benchmarks.denoiser import AGAIN, headline_of, peak_bytes
 from benchmarks.shapes import denoiser_calls, moved_elements, tensors
 from benchmarks.timing import Timing, interleaved
 
@@ -61,9 +61,19 @@ def test_the_compiled_reference_is_held_against_our_faster_way():
     whole = took(**{"ours/eager": 5.0, "reference/eager": 15.0, AGAIN: 4.0, "ours/compiled": 8.0})
     whole |= took(**{"reference/compiled": 12.0})
     assert headline_of(whole, memory) == {"vs_eager": 3.0, "vs_compile": 3.0, "peak_memory_ratio": 0.3}
-    stage = took(**{"ours/stage": 2.0, "reference/compiled stage": 5.0})
+    stage = took(**{"ours/half stage": 2.0, "reference/compiled half stage": 5.0})
     assert headline_of(stage, memory) == {"vs_compile": 2.5, "peak_memory_ratio": 0.3}
     assert "vs_compile" not in headline_of(took(**{AGAIN: 4.0}), memory)
+
+
+def test_peak_memory_is_what_lives_at_once():
+    def step() -> torch.Tensor:
+        a = torch.ones(1000, 1000)
+        b = a + 1
+        del a
+        return (b + 1).sum()
+
+    assert 8_000_000 <= peak_bytes(step, "cpu") < 8_001_000
 
 
 def test_a_report_reads_as_a_table_whatever_is_missing():
