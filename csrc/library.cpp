@@ -26,6 +26,12 @@ TORCH_LIBRARY(gaitfast, m) {
   m.def(
       "read_chunks(Tensor[] data, Tensor[] offsets, Tensor[] crc, Tensor shards, Tensor numbers) -> "
       "(Tensor bytes, Tensor sizes, Tensor problem)");
+  // The same frames, n = B T of them, as clips: augmented (gaitfast/data/augment.py) to uint8 (B, T, 64, width) on `threads`
+  // threads. matrix: float64 (B, 3, 3); warp, flip: bool (B); the others as in part_ops_.
+  m.def(
+      "augment_clips(Tensor[] data, Tensor[] offsets, Tensor[] crc, Tensor shards, Tensor numbers, int width, "
+      "Tensor matrix, Tensor warp, Tensor flip, Tensor half_widths, Tensor dilate_rows, Tensor blur_rows, int threads)"
+      " -> (Tensor clips, Tensor problem)");
   // Philox words as int64 (n, count): gaitfast/randomness.py, bits.
   m.def("philox_bits(int key0, int key1, int step, Tensor sample, int count) -> Tensor");
   // int64 (n, count): gaitfast/data/sampling.py, unordered_frames.
