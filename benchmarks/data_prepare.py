@@ -33,9 +33,8 @@ from gaitfast.data.walker_scene import CONDITIONS, render_walk, sample_walk
 
 ROOT = Path(__file__).resolve().parent.parent
 WALKS, LENGTH = 48, 109
-LINKS = {"opengait": 24, "png": 2}
+LINKS = {"opengait": 16, "png": 2}
 """Every walk lies in the tree under so many names (hard links)."""
-ROUNDS = 3
 CHILD = """
 import argparse, sys, time
 from gaitfast.data import prepare
@@ -129,6 +128,8 @@ def stages(folder: Path, walks: list[np.ndarray]) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_prepare", description=__doc__.split("\n\n")[0])
     parser.add_argument("--against", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--layouts", nargs="+", choices=sorted(LINKS), default=list(LINKS))
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -137,11 +138,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         walks = write_trees(folder)
-        for layout in LINKS:
+        for layout in arguments.layouts:
             for workers in arguments.workers:
                 seconds: dict[str, list[float]] = {side: [] for side in sides}
                 row: dict = {"layout": layout, "workers": workers}
-                for _ in range(ROUNDS):
+                for _ in range(arguments.rounds):
                     for side, checkout in sides.items():
                         taken, dataset = packing_seconds(checkout, folder, layout, workers)
                         seconds[side].append(taken)

@@ -5,8 +5,9 @@
 Walks of synthetic people are rendered and compressed once, and repeated under new names until there are so many
 sequences: the writer, the files and their bytes are those of `gaitfast prepare`, one shard for 1/128 of the sequences
 (9 GB at GREW's size). The dataset of `--times` that has every shard under so many names (hard links), so its readers
-map and read real bytes, which lie on the disk and in the page cache once. A small dataset stands beside them. Every
-figure is of a fresh process; the folder is removed at the end.
+map and read real bytes, which lie on the disk and in the page cache once; with `--links` the first dataset is made like
+that too, of a tenth of the bytes, say. A small dataset stands beside them. Every figure is of a fresh process; the
+folder is removed at the end.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from gaitfast.data.pipeline import build_loader
 from gaitfast.data.sampling import PeopleSampler, Sampler
 from gaitfast.data.walker_scene import CONDITIONS, render_walk, sample_walk
 
-DRAWN = 192
+DRAWN = 96
 """Walks that are rendered."""
 FRAMES = (60, 159)
 """Shortest and longest: 109 frames on average, as GREW has."""
 PER_SUBJECT = 5
 SMALL = 2_000
 PAIRS, PEOPLE, EACH = 64, 32, 4
-ROUNDS, BATCHES = 5, 12
+BATCHES = 12
 
 
 def drawn_walks() -> list[codec.Chunks]:
@@ -60,10 +61,10 @@ def keys(sequences: int) -> list[tuple[str, str, str]]:
     return [(f"{i // PER_SUBJECT:07d}train", "00", f"{i * 7919 % 10**8:08d}_{i:07d}") for i in range(sequences)]
 
 
-def write(folder: Path, sequences: int, walks: list[codec.Chunks]) -> packed.PackedDataset:
-    """A dataset of the walks in turn, in the shards that `gaitfast prepare` would make."""
+def write(folder: Path, sequences: int, of: int, walks: list[codec.Chunks]) -> packed.PackedDataset:
+    """A dataset of the walks in turn, in shards as `gaitfast prepare` would make them for `of` sequences."""
     folder.mkdir()
-    size = max(packing.MIN_SEQUENCES, -(-sequences // packing.MAX_SHARDS))
+    size = max(packing.MIN_SEQUENCES, -(-of // packing.MAX_SHARDS))
     records = []
     for number, first in enumerate(range(0, sequences, size)):
         path = folder / f"shard-{number:05d}.safetensors"
@@ -129,20 +130,10 @@ def start(path: Path) -> dict:
     return {"imports": imports, "open": opening, "first_batch": first, "without_imports": opening + first, "all": whole}
 
 
-def memory(path: str) -> dict:
-    """MiB of this process after some batches: all, of it mapped files, and the rest beyond what it began with."""
+def batches(path: str) -> dict:
+    """Frames/s of the pretraining loader after the first batches; and MiB of the process then: all, of it mapped files,
+    and what is neither mapped nor was there before the dataset was opened."""
     before = status_kib("RssAnon")
-    dataset = packed.PackedDataset.open(path)
-    loader = build_loader(dataset, DataConfig(path=path), seed=0, batch=PAIRS)
-    for _ in range(BATCHES):
-        next(loader)
-    found = {"resident": status_kib("VmRSS"), "mapped": status_kib("RssFile"), "beyond": status_kib("RssAnon") - before}
-    loader.close()
-    return {key: round(value / 1024, 1) for key, value in found.items()}
-
-
-def batches(path: str) -> float:
-    """Frames/s of the pretraining loader, after the first batches."""
     dataset = packed.PackedDataset.open(path)
     loader = build_loader(dataset, DataConfig(path=path), seed=1, batch=PAIRS)
     for _ in range(4):
@@ -151,20 +142,38 @@ def batches(path: str) -> float:
     for _ in range(BATCHES):
         batch = next(loader)
     taken = time.perf_counter() - begun
+    found = {"resident": status_kib("VmRSS"), "mapped": status_kib("RssFile"), "beyond": status_kib("RssAnon") - before}
     loader.close()
-    return BATCHES * PAIRS * (batch.clip_e.shape[1] + batch.clip_g.shape[1]) / taken
+    frames = BATCHES * PAIRS * (batch.clip_e.shape[1] + batch.clip_g.shape[1])
+    return {"rate": frames / taken, "memory": {key: round(value / 1024, 1) for key, value in found.items()}}
 
 
-def reading(path: str) -> float:
-    """Microseconds to read, check and inflate a frame, in batches drawn as above."""
+def picking(path: str) -> dict:
+    """Microseconds to read, check and inflate a frame, in batches drawn as above, and to draw a batch, with the
+    compiled generator and with NumPy's: medians. In milliseconds: the first step of an epoch, whose order is drawn with
+    it, and what balanced sampling prepares once."""
     dataset = packed.PackedDataset.open(path)
-    select = Sampler(dataset.starts, dataset.split("train"), DataConfig(path=path), seed=2, batch=PAIRS)
-    wanted = [np.concatenate([s.frames_e.ravel(), s.frames_g.ravel()]) for s in map(select, range(4 * BATCHES))]
-    for numbers in wanted[:4]:
-        dataset.frames(numbers)
-    return statistics.median(
-        timed(lambda numbers=numbers: dataset.frames(numbers)) / len(numbers) for numbers in wanted
+    numbers = dataset.split("train")
+    plain = Sampler(dataset.starts, numbers, DataConfig(path=path), seed=3, batch=PAIRS)
+    found = {"epoch_ms": timed(lambda: plain(0)) / 1e3}
+    begun = time.perf_counter()
+    people = PeopleSampler(
+        dataset.starts, dataset.subject, numbers, ClipConfig(path=path), seed=3, batch=(PEOPLE, EACH)
     )
+    found["people_made_ms"] = (time.perf_counter() - begun) * 1e3
+    wanted = [np.concatenate([s.frames_e.ravel(), s.frames_g.ravel()]) for s in map(plain, range(4 * BATCHES))]
+    reads = [timed(lambda frames=frames: dataset.frames(frames)) / len(frames) for frames in wanted]
+    found["read_us"] = statistics.median(reads[4:])
+    compiled = randomness.compiled
+    try:
+        for name, has in (("", compiled()), ("_numpy", False)):
+            randomness.compiled = lambda has=has: has
+            for kind, select in (("pairs", plain), ("people", people)):
+                taken = [timed(lambda step=step, select=select: select(step)) for step in range(1, 201)]
+                found[f"{kind}_us{name}"] = statistics.median(taken)
+    finally:
+        randomness.compiled = compiled
+    return {key: round(value, 2) for key, value in found.items()}
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -174,39 +183,19 @@ def timed(call: Callable[[], object]) -> float:
     return (time.perf_counter() - begun) * 1e6
 
 
-def sampling(path: str) -> dict:
-    """Microseconds a step, median over 400; NumPy's without the compiled generator; and of the first step of an epoch,
-    in milliseconds, whose order is drawn with it."""
-    dataset = packed.PackedDataset.open(path)
-    numbers, config = dataset.split("train"), ClipConfig(path=path)
-    plain = Sampler(dataset.starts, numbers, DataConfig(path=path), seed=3, batch=PAIRS)
-    begun = time.perf_counter()
-    people = PeopleSampler(dataset.starts, dataset.subject, numbers, config, seed=3, batch=(PEOPLE, EACH))
-    made = (time.perf_counter() - begun) * 1e3
-    found = {"people_made_ms": round(made, 1), "epoch_ms": round(timed(lambda: plain(0)) / 1e3, 1)}
-    compiled = randomness.compiled
-    try:
-        for name, has in (("", compiled()), ("_numpy", False)):
-            randomness.compiled = lambda has=has: has
-            for kind, select in (("pairs", plain), ("people", people)):
-                taken = sorted(timed(lambda step=step, select=select: select(step)) for step in range(1, 401))
-                found[f"{kind}_us{name}"] = round(statistics.median(taken), 1)
-    finally:
-        randomness.compiled = compiled
-    return found
+def spread(values: list[float], digits: int | None = None) -> dict:
+    ordered = {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    return {key: round(value, digits) for key, value in ordered.items()}
 
 
-def measured(folders: dict[str, Path]) -> Iterator[dict]:
-    """One row per dataset; what is compared is measured in turn."""
-    starts: dict[str, list] = {name: [] for name in folders}
-    rates: dict[str, list] = {name: [] for name in folders}
-    reads: dict[str, list] = {name: [] for name in folders}
-    for _ in range(ROUNDS):
+def measured(folders: dict[str, Path], rounds: int) -> Iterator[dict]:
+    """One row per dataset; they are measured in turn."""
+    taken: dict[str, list[tuple[dict, dict, dict]]] = {name: [] for name in folders}
+    for _ in range(rounds):
         for name, path in folders.items():
-            starts[name].append(start(path))
-            rates[name].append(in_child(batches, str(path)))
-            reads[name].append(in_child(reading, str(path)))
+            taken[name].append((start(path), in_child(batches, str(path)), in_child(picking, str(path))))
     for name, path in folders.items():
+        starts, loaded, picked = zip(*taken[name])
         dataset = packed.PackedDataset.open(path)
         yield {
             "dataset": name,
@@ -214,20 +203,10 @@ def measured(folders: dict[str, Path]) -> Iterator[dict]:
             "frames": dataset.num_frames,
             "shards": len(dataset.facts["shards"]),
             "gib": round(sum(record["bytes"] for record in dataset.facts["shards"]) / 2**30, 2),
-            "start_seconds": {
-                key: round(statistics.median(taken[key] for taken in starts[name]), 3) for key in starts[name][0]
-            },
-            "first_batch_worst": round(max(taken["without_imports"] for taken in starts[name]), 3),
-            "memory_mib": in_child(memory, str(path)),
-            "loader_frames_per_s": {
-                key: round(choose(rates[name]))
-                for key, choose in (("median", statistics.median), ("low", min), ("high", max))
-            },
-            "read_us_per_frame": {
-                key: round(choose(reads[name]), 3)
-                for key, choose in (("median", statistics.median), ("low", min), ("high", max))
-            },
-            "sampling": in_child(sampling, str(path)),
+            "start_seconds": {key: spread([each[key] for each in starts], 3) for key in starts[0]},
+            "memory_mib": loaded[-1]["memory"],
+            "loader_frames_per_s": spread([each["rate"] for each in loaded]),
+            "picking": {key: spread([each[key] for each in picked], 2) for key in picked[0]},
         }
 
 
@@ -235,29 +214,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_scale", description=__doc__.split("\n\n")[0])
     parser.add_argument("--sequences", type=int, default=128_671, help="of the larger dataset; default: GREW's")
     parser.add_argument("--times", type=int, default=10, help="the largest dataset has so many times that")
+    parser.add_argument("--links", type=int, default=1, help="names under which a shard of the larger dataset lies")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the datasets are written (default: the temporary folder)")
-    parser.add_argument("--keep", action="store_true", help="write the datasets to --folder, or take what lies there")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
-        place = arguments.folder if arguments.keep else Path(temporary)
+        place = Path(temporary)
         folders = {name: place / name for name in ("small", "grew", "times")}
-        if not folders["times"].is_dir():
-            begun = time.perf_counter()
-            walks = drawn_walks()
-            write(folders["small"], SMALL, walks)
-            repeat(write(folders["grew"], arguments.sequences, walks), folders["times"], arguments.times)
-            print(f"written in {time.perf_counter() - begun:.0f} s", flush=True)
-        if arguments.keep and not arguments.json:
-            return 0
-        rows = list(measured(folders))
+        begun = time.perf_counter()
+        walks = drawn_walks()
+        write(folders["small"], SMALL, SMALL, walks)
+        source = write(folders["grew"], arguments.sequences // arguments.links, arguments.sequences, walks)
+        if arguments.links > 1:
+            source = repeat(source, place / "linked", arguments.links)
+            folders["grew"] = source.path
+        repeat(source, folders["times"], arguments.times)
+        print(f"written in {time.perf_counter() - begun:.0f} s", flush=True)
+        rows = list(measured(folders, arguments.rounds))
     for row in rows:
         print(json.dumps(row))
     if arguments.json:
         small, large, larger = rows
         headline = {
-            "first_batch_seconds": large["start_seconds"]["without_imports"],
-            "first_batch_seconds_with_imports": large["start_seconds"]["all"],
+            "first_batch_seconds": large["start_seconds"]["without_imports"]["median"],
+            "first_batch_seconds_with_imports": large["start_seconds"]["all"]["median"],
             "beyond_mapped_mib": large["memory_mib"]["beyond"],
             "throughput_vs_small": round(
                 large["loader_frames_per_s"]["median"] / small["loader_frames_per_s"]["median"], 3

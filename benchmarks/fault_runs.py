@@ -25,12 +25,12 @@ data: {{path: {dataset}, frames: 2, threads: 1}}
 backbone: {{name: smplgait, variant: gait3d, width: 0.125}}
 denoiser: {{dim: 32}}
 optimizer: {{warmup: 4}}
-train: {{iterations: {iterations}, batch: 2, precision: fp32, timeout: 300}}
+train: {{iterations: {iterations}, batch: 2, precision: fp32, timeout: 3600}}
 eval: {{every: 0, condition_clips: 2, condition_timesteps: 1}}
 checkpoint: {{every: 2, keep: 2}}
 log_every: 1
 """
-PATIENCE = 400.0
+PATIENCE = 120.0
 """Seconds within which whatever is waited for has to happen."""
 
 
@@ -149,11 +149,13 @@ class Run:
 
     def until(self, happened, what: str, while_running: bool = True) -> bool:
         """Wait until `happened()`; False if the processes ended before. Survival after PATIENCE seconds."""
-        deadline = time.monotonic() + PATIENCE
+        waited, before = 0.0, time.monotonic()
         while not happened():
             if while_running and not self.poll():
                 return bool(happened())
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            waited, before = waited + min(now - before, 1.0), now  # who measures may suspend us meanwhile
+            if waited > PATIENCE:
                 self.kill()
                 raise Survival(f"{self.folder.name}: waited {PATIENCE:.0f} s for {what}; see {self.log}")
             time.sleep(0.002)

@@ -40,8 +40,12 @@ from gaitfast.engine.portable import source_commit
 
 KILLS = ("kill", "write", "rank", "corrupt")
 SHIFT = "GAITFAST_CLOCK_SHIFT"
-DISK = 700 << 20
-"""Bytes of the disk that the runs live on where one can be mounted: enough for two runs with two checkpoints each."""
+SMALL = "small"
+"""Folder on which a small disk is mounted where that is permitted; the other runs use the machine's own."""
+DISK = 300 << 20
+"""Bytes of that disk: enough for a run, two checkpoints and one that is being written."""
+SECONDS = 6.0
+"""Within which a random kill comes after the start of the command."""
 
 
 def plan(kills: int, rng: random.Random, disk: bool) -> list[str]:
@@ -56,16 +60,15 @@ def plan(kills: int, rng: random.Random, disk: bool) -> list[str]:
 
 
 class Campaign:
-    """Two runs at a time, of one and of two ranks, each replaced by a new one when it is done."""
+    """A run of one rank, one of two and one on a small disk at a time, each replaced by a new one when it is done."""
 
     def __init__(self, folder: Path, seed: int, steps: int):
         self.folder, self.rng = folder, random.Random(seed)
         self.config = prepare(folder, steps)
-        self.current: dict[int, Run] = {}
-        self.hit: dict[int, list[dict]] = {1: [], 2: []}
+        self.current: dict[str, Run] = {}
+        self.hit: dict[str, list[dict]] = collections.defaultdict(list)
         self.rows: list[dict] = []
         self.reference: dict[int, dict] = {}
-        self.seconds: dict[int, float] = {}
         self.count = 0
 
     # --- runs ---
@@ -74,10 +77,8 @@ class Campaign:
         """The runs to compare with; that of one rank by the plain command too: forking changes nothing."""
         for ranks in (1, 2):
             run = Run(self.config, self.folder / f"undisturbed-{ranks}", ranks)
-            started = time.monotonic()
             run.start()
             require(run.wait() == [0] * ranks, f"the undisturbed run failed; see {run.log}")
-            self.seconds[ranks] = time.monotonic() - started
             self.reference[ranks] = run.outcome()
             shutil.rmtree(run.folder)
         run = Run(self.config, self.folder / "command", 1)
@@ -86,27 +87,29 @@ class Campaign:
         run.require_equal(self.reference[1])
         shutil.rmtree(run.folder)
 
-    def run_of(self, ranks: int) -> Run:
-        if ranks not in self.current:
+    def run_of(self, kind: str) -> Run:
+        """The open run of a kind: `one` rank, `two` ranks, or `small`, one rank on the small disk."""
+        if kind not in self.current:
             self.count += 1
-            self.current[ranks] = Run(self.config, self.folder / f"run{self.count}", ranks)
-        return self.current[ranks]
+            folder = self.folder / SMALL if kind == "small" else self.folder
+            self.current[kind] = Run(self.config, folder / f"run{self.count}", 2 if kind == "two" else 1)
+        return self.current[kind]
 
-    def settle(self, ranks: int) -> None:
+    def settle(self, kind: str) -> None:
         """Compare a finished run, and count what it survived."""
-        run = self.current.pop(ranks)
-        run.require_equal(self.reference[ranks])
-        for row in self.hit[ranks]:
+        run = self.current.pop(kind)
+        run.require_equal(self.reference[run.ranks])
+        for row in self.hit[kind]:
             row["survived"] = True
-        self.hit[ranks] = []
+        self.hit[kind] = []
         shutil.rmtree(run.folder)
         run.log.unlink()
 
     # --- faults: each starts the run's command, disturbs it, and says what it saw; None if the run ended before ---
 
     def at_random(self, run: Run) -> bool:
-        """Wait for a random moment between the start and somewhat after the end; whether the run is still going."""
-        deadline = time.monotonic() + self.rng.uniform(0, 1.1 * self.seconds[run.ranks])
+        """Wait for a random moment of the first seconds, which a start and some steps take; whether it still goes."""
+        deadline = time.monotonic() + self.rng.uniform(0, SECONDS)
         while time.monotonic() < deadline and run.poll():
             time.sleep(0.002)
         return run.poll()
@@ -128,13 +131,13 @@ class Campaign:
 
     def write(self, run: Run) -> dict | None:
         run.start()
-        skipped = self.rng.randrange(4)  # not always the first
+        skipped = self.rng.randrange(3)  # not always the first
         for _ in range(skipped + 1):
             if not run.until(lambda: run.partial, "a checkpoint being written"):
                 return None
             if _ < skipped:
                 run.until(lambda: not run.partial, "it to be whole")
-        time.sleep(self.rng.uniform(0, 0.015))
+        time.sleep(self.rng.uniform(0, 0.1))
         run.kill()
         run.wait()
         return {"half_files": len(run.partial)}
@@ -199,7 +202,7 @@ class Campaign:
         run.start()
         during, left = self.rng.choice((True, False)), self.rng.choice((0, 10 << 20))
         going = run.until(lambda: run.partial, "a checkpoint") if during else self.after_a_step(run)
-        filler = self.folder / "filler"
+        filler = self.folder / SMALL / "filler"
         try:
             fill(filler, left)
             run.wait()
@@ -229,24 +232,24 @@ class Campaign:
         for number, fault in enumerate(faults, 1):
             if time.monotonic() > deadline:
                 break
-            ranks = 2 if fault in ("rank", "launcher") else 1
+            kind = {"rank": "two", "launcher": "two", "disk": "small"}.get(fault, "one")
             facts = None
             while facts is None:  # a run that ended before the fault came is no test of it
-                run = self.run_of(ranks)
+                run = self.run_of(kind)
                 facts = do[fault](run)
                 if facts is not None:
                     rows = run.rows()
                     step = rows[-1]["step"] if rows else 0
-                    self.rows.append({"fault": fault, "ranks": ranks, "step": step, **facts, "survived": False})
-                    self.hit[ranks].append(self.rows[-1])
+                    self.rows.append({"fault": fault, "ranks": run.ranks, "step": step, **facts, "survived": False})
+                    self.hit[kind].append(self.rows[-1])
                 if run.finished:
-                    self.settle(ranks)
+                    self.settle(kind)
             tell(f"{number}/{len(faults)} {self.rows[-1]}")
-        for ranks, run in list(self.current.items()):
+        for kind, run in list(self.current.items()):
             run.start()
             codes = run.wait()
-            require(codes == [0] * ranks, f"{run.folder}: could not be finished, {codes}; see {run.log}")
-            self.settle(ranks)
+            require(codes == [0] * run.ranks, f"{run.folder}: could not be finished, {codes}; see {run.log}")
+            self.settle(kind)
 
 
 def fill(path: Path, left: int) -> None:
@@ -278,7 +281,7 @@ def preload_clock(folder: Path) -> None:
 
 
 def own_disk(folder: Path) -> bool:
-    """Mount a small tmpfs on `folder`, visible to this process and its children alone; False where not permitted."""
+    """Mount a small disk on `folder`, visible to this process and its children alone; False where not permitted."""
     new_mounts = 0x20000  # CLONE_NEWNS
     if ctypes.CDLL(None, use_errno=True).unshare(new_mounts) != 0:
         return False
@@ -318,7 +321,7 @@ def summary(campaign: Campaign, seconds: float) -> tuple[dict, list[dict]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="kills, besides the other faults (default: 200)")
-    parser.add_argument("--steps", type=int, default=18, help="of a run (default: 18)")
+    parser.add_argument("--steps", type=int, default=40, help="of a run (default: 40)")
     parser.add_argument("--minutes", type=float, default=120, help="strike no longer than this (default: 120)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which they come")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -330,8 +333,8 @@ def main() -> int:
     source_commit()  # remembers it: what runs is what was imported
     warm_up()
     try:
-        folder.mkdir()
-        disk = own_disk(folder)
+        (folder / SMALL).mkdir(parents=True)
+        disk = own_disk(folder / SMALL)
         campaign = Campaign(folder, arguments.seed, arguments.steps)
         campaign.undisturbed()
         faults = plan(arguments.kills, campaign.rng, disk)

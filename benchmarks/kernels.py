@@ -210,6 +210,7 @@ def main() -> int:
     size.add_argument(
         "--full", action="store_true", help="every call of the denoiser, the largest also against torch.compile"
     )
+    parser.add_argument("--eager-only", action="store_true", help="without torch.compile, which takes minutes")
     parser.add_argument("--batch", type=int, help="default: 64 on a GPU, 8 on a CPU, 2 there with --quick")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--type", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
@@ -249,7 +250,7 @@ def main() -> int:
         if time.perf_counter() - started > arguments.budget:
             break
         try:
-            compiled = arguments.full and at_full_resolution(call)
+            compiled = arguments.full and not arguments.eager_only and at_full_resolution(call)
             new = rows(call, getattr(torch, kind), device, ceilings[kind], seconds=seconds, compiled=compiled)
         except Exception as error:  # the other calls' figures are worth having all the same
             failed[f"{call.label} {kind}"] = f"{error.__class__.__name__}: {error}"[:300]

@@ -8,9 +8,9 @@ to the answer. Ratios are the reference's median time over ours; the headline ta
 the largest size. Extra memory is measured apart, in a process of its own (benchmarks/memory.py).
 
 The floor on a CPU, for Q x G x D values: a float32 product 2QGD / (float32 rate); three products of int8 planes
-6QGD / (int8 rate), about as long as one in bfloat16 and exact; each side read once, (Q + G) D x 4 bytes / (bandwidth).
-At 12,000 x 12,000 x 4,096 on two cores of a Xeon with AMX (0.34 TFLOP/s float32, 3.4 int8, 25 GB/s): 3.5 s, 1.04 s and
-0.016 s. docs/retrieval.md says how near the measured times come.
+6QGD / (int8 rate), exact; each side read once, (Q + G) D x 4 bytes / (bandwidth).
+At 12,000 x 12,000 x 4,096 on two cores of a Xeon with AMX (0.34 TFLOP/s float32, 12.6 int8 at the tile unit's peak, 25
+GB/s): 3.5 s, 0.28 s and 0.016 s. docs/retrieval.md says how near the measured times come.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ class Case:
         size = f"{self.queries}x{self.gallery}"
         what = f"k{self.k}" if self.kind == "search" else "probes"
         third = "" if self.third is None else f"-third{self.third + 1}"
-        return f"{self.kind}-{size}-{what}-{self.metric}-{self.data}{third}"
+        capped = "" if "" in self.levels else "-capped"
+        return f"{self.kind}{capped}-{size}-{what}-{self.metric}-{self.data}{third}"
 
     @property
     def operations(self) -> int:

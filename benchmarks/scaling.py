@@ -4,26 +4,29 @@
 
 The model. A step of N processes lasts
 
-    seconds(N) = compute(1) * share(N) + exposed * bytes(N) / bandwidth + messages * latency * rounds(N)
+    seconds(N) = (fixed + per_sample * batch / N) * max(1, N / processors)
+                 + exposed * bytes(N) / bandwidth + messages * latency * rounds(N)
 
-with share(N) = 1 / N where every process has a processor of its own (here, more than the cores does not help); bytes(N)
-what a ring moves per process and step for P trained float32 parameters,
+with `fixed` what a step costs however few its samples are; processes beyond the processors take turns; bytes(N) what a
+ring moves per process and step for P trained float32 parameters,
 
     stage 0-2   2 (N-1)/N * 4P   all-reduce, or reduce-scatter of gradients and all-gather of weights
     stage 3     3 (N-1)/N * 4P   weights once more for the backward pass
 
 and messages the collectives of a step: buckets of gradients and weights, and the sums of every batch norm (two forward,
-one backward). A ring takes rounds(N) = 2 (N-1) hops for each. `exposed` is the part of the transfer that no computing
-hides; here it is 1, the worst case.
+one backward). Each takes rounds(N) hops: 2 (N-1) in the ring of gloo, 2 log2(N) in the trees of NCCL. `exposed` is the
+part of the transfer that no computing hides; here it is 1, the worst case.
 
-Measured here: compute(1), bandwidth and latency of gloo between processes, and the steps per second of 1, 2 and 4
-processes. The prediction for A100s takes compute(1) from the FLOPs of a step and stated assumptions; no GPU was used.
+Measured here: `fixed` and `per_sample` by one process at two batches, bandwidth and latency of gloo between processes,
+and the steps per second of 1, 2 and 4 processes, of which those of 2 and 4 put the prediction to the test. The one for
+A100s takes per_sample from the FLOPs and the rest from stated assumptions; no GPU was used.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -46,14 +49,15 @@ from gaitfast.engine import world
 from gaitfast.models import build_denoiser, build_recognizer
 
 CONFIG = """
-data: {{path: {dataset}, frames: 6, threads: 1}}
+data: {{path: {dataset}, frames: 4, threads: 1}}
 backbone: {{name: smplgait, variant: gait3d, width: 0.5}}
 denoiser: {{dim: 32}}
-train: {{iterations: 14, batch: 8, precision: fp32, zero_stage: {stage}}}
+train: {{iterations: 10, batch: {batch}, precision: fp32, zero_stage: {stage}}}
 eval: {{every: 0, condition_clips: 2, condition_timesteps: 1}}
 log_every: 1
 """
-WARM_UP = 4
+BATCH = 8
+WARM_UP = 2
 """Steps left out of the median."""
 
 
@@ -65,6 +69,12 @@ class Links:
     """Bytes per second that a process sends in a ring."""
     latency: float
     """Seconds of one hop."""
+    tree: bool = False
+    """Whether small messages travel along a tree."""
+
+    def rounds(self, processes: int) -> float:
+        """Hops of a small message to everybody and back."""
+        return 2 * (math.log2(processes) if self.tree else processes - 1)
 
 
 def ring_bytes(parameters: int, stage: int, processes: int) -> float:
@@ -72,21 +82,30 @@ def ring_bytes(parameters: int, stage: int, processes: int) -> float:
     return (3 if stage == 3 else 2) * (processes - 1) / processes * 4 * parameters
 
 
+@dataclass(frozen=True)
+class Compute:
+    """Seconds of one process's step without any exchange."""
+
+    fixed: float
+    per_sample: float
+
+
 def predicted_seconds(
-    compute: float,
+    compute: Compute,
     processes: int,
     links: Links,
     *,
+    batch: int,
     parameters: int,
     stage: int,
     messages: int,
     processors: int,
     exposed: float = 1.0,
 ) -> float:
-    """Seconds of a step: `compute` are those of one process, the batch is cut into `processes` parts."""
-    share = 1 / min(processes, processors)
+    """Seconds of a step whose batch is cut into `processes` parts."""
+    computing = (compute.fixed + compute.per_sample * batch / processes) * max(1, processes / processors)
     sent = ring_bytes(parameters, stage, processes) / links.bandwidth
-    return compute * share + exposed * sent + messages * links.latency * 2 * (processes - 1)
+    return computing + exposed * sent + messages * links.latency * links.rounds(processes)
 
 
 def size_of(config: PretrainConfig) -> tuple[int, int]:
@@ -145,8 +164,9 @@ def exchange(parameters: int) -> None:
 
 def measured_links(parameters: int, processes: int) -> Links:
     times = json.loads(launch([sys.executable, "-m", "benchmarks.scaling", "--exchange", str(parameters)], processes))
-    latency = times["latency"] / (2 * (processes - 1))
-    return Links(ring_bytes(parameters, 0, processes) / max(1e-9, times["bandwidth"] - times["latency"]), latency)
+    latency = times["latency"] / Links(1.0, 0.0).rounds(processes)
+    seconds = max(1e-9, times["bandwidth"] - times["latency"])
+    return Links(ring_bytes(parameters, 0, processes) / seconds, latency)
 
 
 def measured_seconds(config: Path, folder: Path, processes: int) -> float:
@@ -164,18 +184,22 @@ A100 = {
     "peak_tflops_bf16": 312,
     "utilisation": 0.35,
     "tflop_per_sample": (57.3 + 3 * 6.5 + 3 * 10.0) / 1000,
+    "fixed": 0.002,
     "node": 8,
-    "inside": Links(2.0e11, 1e-5),
-    "between": Links(2.0e10, 3e-5),
+    "inside": Links(2.0e11, 1e-5, tree=True),
+    "between": Links(2.0e10, 3e-5, tree=True),
 }
 """Assumptions: 35 % of the bf16 peak; per sample of 30 frames TAESD's encoder once, denoiser (dim 64) and backbone (10
-GFLOP forward) three times; 8 GPUs to a node, 200 GB/s inside it and 20 GB/s per process between nodes, 10 and 30
-microseconds per hop; nothing hidden behind computing."""
+GFLOP forward) three times; 2 ms of a step that do not shrink with the batch; 8 GPUs to a node, 200 GB/s inside it and
+20 GB/s per process between nodes, 10 and 30 microseconds per hop; nothing hidden behind computing.
+"""
 
 
 def on_a100s(batch: int, stage: int, parameters: int, messages: int) -> list[dict]:
     """Predicted steps per second of the paper's pretraining on 1 to 64 A100s."""
-    compute = batch * A100["tflop_per_sample"] / (A100["peak_tflops_bf16"] * A100["utilisation"])
+    per_sample = A100["tflop_per_sample"] / (A100["peak_tflops_bf16"] * A100["utilisation"])
+    compute = Compute(A100["fixed"], per_sample)
+    alone = compute.fixed + compute.per_sample * batch
     rows = []
     for processes in (1, 2, 4, 8, 16, 32, 64):
         links = A100["inside"] if processes <= A100["node"] else A100["between"]
@@ -183,6 +207,7 @@ def on_a100s(batch: int, stage: int, parameters: int, messages: int) -> list[dic
             compute,
             processes,
             links,
+            batch=batch,
             parameters=parameters,
             stage=stage,
             messages=messages,
@@ -197,7 +222,7 @@ def on_a100s(batch: int, stage: int, parameters: int, messages: int) -> list[dic
                 "zero_stage": stage,
                 "megabytes_per_step": ring_bytes(parameters, stage, processes) / 1e6,
                 "steps_per_s": 1 / seconds,
-                "efficiency": compute / processes / seconds,
+                "efficiency": alone / processes / seconds,
             }
         )
     return rows
@@ -215,23 +240,31 @@ def main() -> int:
     stage, cores, rows = arguments.stage, len(os.sched_getaffinity(0)), []
     with tempfile.TemporaryDirectory(prefix="gaitfast-scaling-") as name:
         folder = Path(name)
-        config = folder / "config.yaml"
-        config.write_text(CONFIG.format(dataset=pack_walkers(folder), stage=stage))
+        dataset = pack_walkers(folder)
+
+        def seconds_of(processes: int, batch: int) -> float:
+            config = folder / f"{processes}-{batch}.yaml"
+            config.write_text(CONFIG.format(dataset=dataset, stage=stage, batch=batch))
+            return measured_seconds(config, config.with_suffix(""), processes)
+
+        half = seconds_of(1, BATCH // 2)
         small = PretrainConfig()
         small.backbone.width, small.denoiser.dim = 0.5, 32
         parameters, norms = size_of(small)
         messages = 3 * norms + 4
         for processes in (1, 2, 4):
-            seconds = measured_seconds(config, folder / f"run{processes}", processes)
+            seconds = seconds_of(processes, BATCH)
             row = {"kind": "measured", "device": "cpu", "processes": processes, "zero_stage": stage}
             if processes == 1:
-                alone = seconds
+                compute = Compute(2 * half - seconds, (seconds - half) / (BATCH / 2))
+                row |= {"fixed_ms": 1e3 * compute.fixed, "ms_per_sample": 1e3 * compute.per_sample}
             else:
                 links = measured_links(parameters, processes)
                 guess = predicted_seconds(
-                    alone,
+                    compute,
                     processes,
                     links,
+                    batch=BATCH,
                     parameters=parameters,
                     stage=stage,
                     messages=messages,

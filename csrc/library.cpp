@@ -26,6 +26,12 @@ TORCH_LIBRARY(gaitfast, m) {
   m.def(
       "read_chunks(Tensor[] data, Tensor[] offsets, Tensor[] crc, Tensor shards, Tensor numbers) -> "
       "(Tensor bytes, Tensor sizes, Tensor problem)");
+  // The same frames, n = B T of them, as clips: augmented (gaitfast/data/augment.py) to uint8 (B, T, 64, width) on `threads`
+  // threads. matrix: float64 (B, 3, 3); warp, flip: bool (B); the others as in part_ops_.
+  m.def(
+      "augment_clips(Tensor[] data, Tensor[] offsets, Tensor[] crc, Tensor shards, Tensor numbers, int width, "
+      "Tensor matrix, Tensor warp, Tensor flip, Tensor half_widths, Tensor dilate_rows, Tensor blur_rows, int threads)"
+      " -> (Tensor clips, Tensor problem)");
   // Philox words as int64 (n, count): gaitfast/randomness.py, bits.
   m.def("philox_bits(int key0, int key1, int step, Tensor sample, int count) -> Tensor");
   // int64 (n, count): gaitfast/data/sampling.py, unordered_frames.
@@ -43,6 +49,14 @@ TORCH_LIBRARY(gaitfast, m) {
   // Maxima over the frames of clips (N, S, M), at most 256, and which frame won: (N, M), uint8 (N, M); and back.
   m.def("frames_max(Tensor x) -> (Tensor, Tensor)");
   m.def("frames_max_backward(Tensor gradient, Tensor which, int frames) -> Tensor");
+  // Products of the denoiser on the CPU (kernels/convolution.py), bfloat16, channels last.
+  // Whether weight_gradient runs here.
+  m.def("has_row_products() -> bool", &gaitfast::convolution::has_row_products);
+  // left (F, H, W, M), right (F, H', W', N) -> float32: the sum over sites of left times right's patches
+  // (M, N, kernel, kernel), and the sum of left (M).
+  m.def("weight_gradient(Tensor left, Tensor right, int kernel, int stride, int padding) -> (Tensor, Tensor)");
+  // (M, N, kernel, kernel) -> bfloat16 (sites' * M, height * width * N): the convolution of one frame as a matrix.
+  m.def("dense_weight(Tensor weight, int height, int width, int stride, int padding) -> Tensor");
 
   // Exact retrieval (gaitfast/retrieval). Features (N, C, P), float32, float16 or bfloat16, one type on both sides.
   // Sums of squares per part, float64 (N, P).

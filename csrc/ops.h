@@ -24,6 +24,10 @@ namespace retrieval {
 bool uses_tile_unit();
 }
 
+namespace convolution {
+bool has_row_products();
+}
+
 namespace denoiser {
 std::string instructions();
 }

@@ -62,9 +62,14 @@ class SourceConfig:
     frames_skip: int = 0
     """For `ordered`: extra frames of the window from which N are chosen (GaitPart 10, GaitGL 0)."""
     threads: int = 0
-    """DALI's CPU threads; 0: one per core, at most 16."""
+    """CPU threads of the loader; 0: one per core, at most 16."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
+    engine: str = "auto"
+    """Who decodes and augments: `dali`; `compiled` (CPU only, needs the extension); `auto`: DALI on a GPU, on a CPU the
+    compiled operator, which was measured to be faster there."""
+    residency: str = "mapped"
+    """Where the packed split lies: `mapped` files, `host` memory (page-locked for a GPU), or the `device`'s memory."""
     corrupt: str = "refuse"
     """A frame that does not match its checksum: `refuse` stops, `skip` warns and takes the nearest sound frame of its
     sequence instead."""
@@ -77,6 +82,8 @@ class SourceConfig:
         check(self.frames_skip >= 0, "data.frames_skip", "must not be negative")
         check(self.threads >= 0, "data.threads", "must not be negative")
         check(1 <= self.prefetch <= 16, "data.prefetch", f"lies in 1..16, got {self.prefetch}")
+        check_choice(self.engine, ("auto", "compiled", "dali"), "data.engine")
+        check_choice(self.residency, ("mapped", "host", "device"), "data.residency")
 
 
 @dataclass(kw_only=True, slots=True)

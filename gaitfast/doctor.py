@@ -275,7 +275,7 @@ def _ops(torch: Any) -> list[Check]:
         checks.append(Check("denoiser on a CPU", OK, f"{level:<10} instructions; GAITFAST_CPU caps them"))
     for name, operators, plain in (
         ("frame decoding", {"inflate_frames", "chunk_crc32"}, "lz4"),
-        ("part augmentation", {"part_ops_"}, "opencv"),
+        ("clip augmentation", {"augment_clips"}, "DALI"),
         ("retrieval", {"search_gallery", "count_before"}, "pytorch"),
     ):
         if operators <= compiled.keys():

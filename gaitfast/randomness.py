@@ -62,7 +62,7 @@ def compiled() -> bool:
 def bits(seed: int, purpose: str, step: int, sample: np.ndarray, count: int) -> np.ndarray:
     """Uniform 32-bit words (len(sample), count), as uint64. `sample` are int64 sample numbers of the global batch."""
     if compiled():
-        sample = torch.from_numpy(np.ascontiguousarray(sample, np.int64))
+        sample = torch.from_numpy(np.array(sample, np.int64))
         return torch.ops.gaitfast.philox_bits(*key(seed, purpose), step, sample, count).numpy().view(np.uint64)
     return _numpy_bits(seed, purpose, step, sample, count)
 

@@ -31,6 +31,10 @@ _REFERENCE: dict[str, Callable] = {
 
 OPERATIONS = tuple(_REFERENCE)
 
+# Measured (benchmarks/results/2026-11-22-xeon-2-cores-kernels.json): `film` is one
+# product of the library's either way.
+_NOT_FASTER = ("film",)
+
 # A backend's package on first use: (it, "") or (None, why not). Triton's takes half a second and a working Triton, the
 # compiled one a built extension.
 _packages: dict[str, tuple[ModuleType | None, str]] = {}
@@ -76,6 +80,8 @@ def _measured(operation: str, device: str, arguments: tuple) -> tuple[str, str]:
     """The choice where nothing is forced: what is measured to be the fastest on each device."""
     choice, reason = ("triton", "a CUDA device") if device == "cuda" else ("compiled", "C++ for the CPU")
     refused = _REFUSALS[choice](operation, device, arguments)
+    if not refused and choice == "compiled" and operation in _NOT_FASTER:
+        refused = "the compiled one is no faster"
     return ("reference", refused) if refused else (choice, reason)
 
 

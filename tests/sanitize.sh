@@ -28,7 +28,8 @@ CFLAGS="${CFLAGS:-} $checks" CXXFLAGS="${CXXFLAGS:-} $checks" LDFLAGS="${LDFLAGS
 
 # Leaks are not looked for: an interpreter keeps much until it ends. Reports go to files, since pytest captures output.
 if [ $# -eq 0 ]; then
-  set -- tests/retrieval tests/data/test_codec.py tests/data/test_parity.py tests/data/test_packed.py
+  data=tests/data
+  set -- tests/retrieval $data/test_codec.py $data/test_clips.py $data/test_parity.py $data/test_packed.py $data/test_fuzz.py
 fi
 failed=0
 env PYTHONPATH="$folder/tree" LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)" \

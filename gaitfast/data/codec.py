@@ -81,7 +81,7 @@ def compiled() -> bool:
         import gaitfast._C  # noqa: F401
     except ImportError:
         return False
-    operators = ("inflate_frames", "chunk_crc32", "compress_frames", "read_frames", "read_chunks")
+    operators = ("inflate_frames", "chunk_crc32", "compress_frames", "read_frames", "read_chunks", "augment_clips")
     return all(hasattr(torch.ops.gaitfast, name) for name in operators)
 
 

@@ -22,12 +22,15 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gaitfast.config import UserError
 from gaitfast.data import codec, shards
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT, VERSION = "gaitfast-packed", 1
 TRAIN, TEST, PROBE = 1, 2, 4
@@ -188,6 +191,26 @@ class PackedDataset:
         """
         data, size = self._read(numbers, self._shards.chunks)
         return data, np.cumsum(size) - size, size
+
+    def clips(self, numbers: np.ndarray, width: int, threads: int, **parameters: torch.Tensor) -> torch.Tensor:
+        """Frames `numbers` int64 (B, T), decoded and augmented: uint8 (B, T, 64, width). Needs the compiled operators;
+        where a frame is corrupt, as `frames`. `parameters`: augment_clips in csrc/library.cpp."""
+        return self._read(
+            numbers.ravel(), functools.partial(self._shards.clips, width=width, threads=threads, **parameters)
+        )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled operators read this dataset, so that `clips` can be had."""
+        return self._shards.compiled
+
+    def hold(self, sequences: np.ndarray, *, pinned: bool = False) -> None:
+        """From now on read the shards that hold frames of `sequences` int64 (n) from memory, page-locked if `pinned`.
+
+        UserError if there is too little of it. Does nothing without the compiled operators.
+        """
+        used = np.unique(np.searchsorted(self._first_frame, self.starts[sequences], side="right") - 1)
+        self._shards.hold(used, pinned)
 
     def _read(self, numbers: np.ndarray, read: Callable[[np.ndarray, np.ndarray], Any]) -> Any:
         """`read(shard, number within it)` of frames by global number."""

@@ -22,6 +22,15 @@ def compiled() -> bool:
     return hasattr(torch.ops.gaitfast, "part_ops_")
 
 
+def tensors(parameters: ClipParameters) -> dict[str, torch.Tensor]:
+    """The part operations of B clips as the compiled operators take them: half_widths, dilate_rows, blur_rows."""
+    return {
+        "half_widths": _HALF_WIDTHS[torch.from_numpy(parameters.kernel)],
+        "dilate_rows": torch.from_numpy(parameters.dilate_rows),
+        "blur_rows": torch.from_numpy(parameters.blur_rows),
+    }
+
+
 def apply(clips: torch.Tensor, parameters: ClipParameters, backend: str = "auto") -> None:
     """Part dilation, then part blur, of the clips uint8 (B, T, H, W) that drew them. `backend`: compiled, plain, auto.
 
@@ -29,12 +38,7 @@ def apply(clips: torch.Tensor, parameters: ClipParameters, backend: str = "auto"
     """
     assert backend in ("auto", "compiled", "plain")
     if backend == "compiled" or (backend == "auto" and compiled()):
-        torch.ops.gaitfast.part_ops_(
-            clips,
-            _HALF_WIDTHS[torch.from_numpy(parameters.kernel)],
-            torch.from_numpy(parameters.dilate_rows),
-            torch.from_numpy(parameters.blur_rows),
-        )
+        torch.ops.gaitfast.part_ops_(clips, **tensors(parameters))
         return
     rows = zip(parameters.kernel.tolist(), parameters.dilate_rows.tolist(), parameters.blur_rows.tolist())
     for clip, (kernel, dilated, blurred) in zip(clips.numpy(), rows):

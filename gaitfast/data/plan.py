@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gaitfast.config import ClipConfig, DataConfig
+from gaitfast.config import ClipConfig, DataConfig, UserError
 from gaitfast.data.augment import WIDTH_E, WIDTH_G, ClipParameters, draw_pair, draw_supervised
 from gaitfast.data.batch import PretrainBatch, RecognitionBatch
 from gaitfast.data.packed import PackedDataset
@@ -66,6 +66,13 @@ def make_plan(
     select = Sampler(dataset.starts, numbers, config, **options)
     size = batch // world_size
     return Plan(select, lambda selection: _pair(selection, config, seed), _pretrain_batch, (WIDTH_E, WIDTH_G), size)
+
+
+def located(error: Exception, step: int) -> Exception:
+    """`error`, met while the batch of `step` was made, as what the loader raises."""
+    if isinstance(error, UserError):
+        return UserError(f"{error} (read for step {step})")
+    return RuntimeError(f"reading the batch of step {step} failed: {error!r}")
 
 
 def _pair(selection: Selection, config: DataConfig, seed: int) -> tuple[Clip, Clip]:

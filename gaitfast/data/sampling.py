@@ -72,7 +72,7 @@ def unordered_frames(
     meant = np.full(len(length), count) if meant is None else meant
     if randomness.compiled():
         address = *randomness.key(seed, purpose), step
-        rows = (torch.from_numpy(np.ascontiguousarray(column, np.int64)) for column in (sample, length, meant))
+        rows = (torch.from_numpy(np.array(column, np.int64)) for column in (sample, length, meant))
         return torch.ops.gaitfast.unordered_frames(*address, *rows, count).numpy()
     return _numpy_unordered_frames(length, count, meant, seed=seed, purpose=purpose, step=step, sample=sample)
 

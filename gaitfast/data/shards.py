@@ -15,12 +15,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gaitfast.config import UserError
 from gaitfast.data import codec
+
+if TYPE_CHECKING:
+    import torch
 
 _DTYPES = {"U8": np.dtype("u1"), "I32": np.dtype("<i4"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -184,8 +187,8 @@ class Shards:
         self._stamps = [_stamp(path) for path in paths]  # before the mapping, so that no change is missed
         self._looked = time.monotonic()
         self._tensors = [_shard_tensors(path, count) for path, count in zip(paths, counts)]
-        self._compiled = codec.compiled() if backend == "auto" else backend == "compiled"
-        if self._compiled:
+        self.compiled: bool = codec.compiled() if backend == "auto" else backend == "compiled"
+        if self.compiled:
             import torch
 
             with codec.quiet_about_read_only():
@@ -194,7 +197,7 @@ class Shards:
     def frames(self, shard: np.ndarray, number: np.ndarray) -> np.ndarray:
         """Inflated frames uint8 (n, 4096). CorruptChunk names the row."""
         self._check_unchanged()
-        if self._compiled:
+        if self.compiled:
             import torch
 
             frames, problem = torch.ops.gaitfast.read_frames(*self._arguments(shard, number), codec.FRAME_BYTES)
@@ -210,7 +213,7 @@ class Shards:
     def chunks(self, shard: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The blocks as they are: bytes uint8 (back to back) and size int64 (n). CorruptChunk names the row."""
         self._check_unchanged()
-        if self._compiled:
+        if self.compiled:
             import torch
 
             data, size, problem = torch.ops.gaitfast.read_chunks(*self._arguments(shard, number))
@@ -225,6 +228,29 @@ class Shards:
             for row, begin in zip(rows.tolist(), offset.tolist()):
                 pieces[row] = data[begin : begin + int(sizes[row])]
         return np.frombuffer(b"".join(pieces), np.uint8), sizes
+
+    def clips(self, shard: np.ndarray, number: np.ndarray, **options: Any) -> torch.Tensor:
+        """The frames augmented, uint8 (B, T, 64, width); `options` are augment_clips'. CorruptChunk names the row."""
+        import torch
+
+        self._check_unchanged()
+        clips, problem = torch.ops.gaitfast.augment_clips(*self._arguments(shard, number), **options)
+        self._raise(problem, shard)
+        return clips
+
+    def hold(self, used: np.ndarray, pinned: bool) -> None:
+        """Read shards `used` int64 (n) from copies in memory from now on. UserError if that does not suffice."""
+        if not self.compiled:
+            return
+        try:
+            for which in used.tolist():
+                data, *index = (tensor.clone() for tensor in self._mapped[which])
+                self._mapped[which] = (data.pin_memory() if pinned else data, *index)
+        except (RuntimeError, MemoryError) as error:
+            size = sum(self._tensors[which][0].nbytes for which in used.tolist())
+            raise UserError(
+                f"data.residency: {self._paths[0].parent} needs {size / 2**30:.1f} GiB of memory ({error}); use mapped"
+            ) from None
 
     def _arguments(self, shard: np.ndarray, number: np.ndarray) -> tuple:
         """What the compiled readers take: the shards that are asked for, and each row's place among them."""

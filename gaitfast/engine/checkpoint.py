@@ -190,6 +190,12 @@ class Writer:
             raise self.error
         self._jobs.put(job)
 
+    def finish(self, seconds: float) -> None:
+        """Until everything is written or failed, but no longer than `seconds`; raises nothing."""
+        deadline = time.monotonic() + seconds
+        while self._jobs.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def close(self) -> None:
         """Write what is left and end the thread."""
         try:

@@ -99,7 +99,7 @@ class Meters:
 
             self.records = Records(run / "metrics.jsonl", start or -1)
             self.seconds = self.records.rows[-1].get("seconds", 0.0) if self.records.rows else 0.0
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None, flush_secs=10)
         self.bar = tqdm(
             total=iterations, initial=start, unit="step", dynamic_ncols=True, disable=not world.is_main, mininterval=0.5
         )

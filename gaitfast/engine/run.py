@@ -30,6 +30,7 @@ from gaitfast.engine.memory import keep_freed_memory
 from gaitfast.engine.meters import Meters, Records
 from gaitfast.engine.portable import source_commit
 from gaitfast.engine.profiling import windowed
+from gaitfast.engine.watchdog import Watchdog
 from gaitfast.engine.world import World, is_lost_contact, lost_contact
 from gaitfast.engine.zero import ZeroEngine
 
@@ -62,6 +63,9 @@ class TrainingRun:
         self.folder = Path(config.run)
         self.per_rank = batch_per_rank(config.train, process.size)
         self.events = Events(self.folder, process.rank)
+        self.meters: Meters | None = None
+        self.writer: checkpoint.Writer | None = None
+        self.watchdog = Watchdog(config.train.timeout, self._last_words) if process.size > 1 else None
         self.found = process.agree(self._look)
         """The checkpoint to resume from; its weights replace any that are loaded before."""
 
@@ -99,12 +103,14 @@ class TrainingRun:
         """
         self.engine, self.dataset, self._sequences = engine, dataset, sequences
         config, process, found = self.config, self.world, self.found
+        self._beat()
         if found:
             self._resume(found, engine, dataset.fingerprint)
         self.start = found.step if found else 0
         process.agree(self._make_folder)
-        self.writer = checkpoint.Writer() if process.is_main else None
+        self._beat()
         if process.is_main:
+            self.writer = checkpoint.Writer()
             if not found:
                 for stale in self.results:
                     (self.folder / stale).unlink(missing_ok=True)
@@ -130,6 +136,24 @@ class TrainingRun:
                 pid=os.getpid(),
                 commit=source_commit(),
             )
+
+    def _beat(self) -> None:
+        if self.watchdog:
+            self.watchdog.beat()
+
+    def _patient(self) -> contextlib.AbstractContextManager:
+        """Inside, ranks work on their own for long."""
+        return self.watchdog.patient() if self.watchdog else contextlib.nullcontext()
+
+    def _last_words(self) -> str:
+        """Of a process at a standstill: what was handed over is written, and the log says what happened."""
+        if self.writer:
+            self.writer.finish(60)
+        step = self.meters.done if self.meters else 0
+        told = lost_contact(TimeoutError(f"no answer within {self.config.train.timeout} s"), self.world, step)
+        with contextlib.suppress(OSError):
+            self.events.add("failure", step=step, error=f"{type(told).__name__}: {told}")
+        return str(told)
 
     def _look(self) -> checkpoint.Checkpoint | None:
         """Claim the folder if there is one, and find what to resume from. On the main rank."""
@@ -186,7 +210,8 @@ class TrainingRun:
             self.events.add("evaluate", step=step)
         objective = self.engine.whole()
         objective.eval()
-        row = {"step": step, **self.measure(objective)}
+        with self._patient():
+            row = {"step": step, **self.measure(objective)}
         objective.train()
         if self.world.is_main:
             self.evaluations.add(row)
@@ -212,6 +237,7 @@ class TrainingRun:
         }
         self.world.agree(lambda: self._hand_over(tensors, manifest))
         self.export(step)
+        self._beat()
 
     def _hand_over(self, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
         # A loss can be finite whose gradients were not; such weights must not become the checkpoint to resume from.
@@ -263,6 +289,8 @@ class TrainingRun:
                 raise told from None
             raise
         finally:
+            if self.watchdog:
+                self.watchdog.close()
             self.events.close()
 
     def _go(self, build_loader: Callable[..., Any]) -> None:
@@ -282,7 +310,7 @@ class TrainingRun:
             done = loop.train(
                 self.engine,
                 iter(loader),
-                windowed(self.train_step, config.profile, self.folder, self.meters.say),
+                windowed(self._watched_step, config.profile, self.folder, self.meters.say),
                 config=config,
                 world=process,
                 meters=self.meters,
@@ -306,8 +334,14 @@ class TrainingRun:
             self.events.add("finish" if done == config.train.iterations else "stop", step=done)
         self.meters.close()
 
+    def _watched_step(self, batch: Any, step: int) -> torch.Tensor:
+        values = self.train_step(batch, step)
+        self._beat()
+        return values
+
     def _summarize(self, step: int) -> None:
-        own = self.finish(step)
+        with self._patient():
+            own = self.finish(step)
         if not self.world.is_main:
             return
         before, after = self.evaluations.at(0), self.evaluations.at(step)

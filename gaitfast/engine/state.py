@@ -116,7 +116,8 @@ def collect(engine: ZeroEngine, world: World) -> dict[str, torch.Tensor]:
                 torch.as_tensor(state[piece.flat]["step"]).to("cpu", torch.float32, copy=True).reshape(1)
             )
     own = torch.cat(parts) if parts else torch.empty(0)
-    fixed = {name: p for name, p in engine.objective.named_parameters() if not p.requires_grad}
+    trained = engine.trained
+    fixed = {name: p for name, p in engine.objective.named_parameters() if id(p) not in trained}
     with _gathered(engine, list(fixed.values()), written=False):
         frozen = {f"weights/{name}": p.detach().to("cpu", torch.float32, copy=True) for name, p in fixed.items()}
     everyone = world.gather((table, steps))

@@ -105,6 +105,11 @@ class ZeroEngine:
     def objective(self) -> nn.Module:
         return self.engine.module
 
+    @property
+    def trained(self) -> set[int]:
+        """id() of every parameter that the optimizer changes."""
+        return {id(p) for group in self._groups for p in group.parameters if p.requires_grad}
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """The run's precision for work outside the engine's own forward: the encoder and the evaluations."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.config.train.precision]

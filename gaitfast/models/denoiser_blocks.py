@@ -6,14 +6,16 @@ attention over time strides over T. So no layer moves activations merely to rear
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gaitfast import kernels
+from gaitfast.kernels import convolution
 
 HEADS = 8
 DIM_HEAD = 32
@@ -37,14 +39,25 @@ class FramewiseConv(nn.Conv2d):
     """A convolution of each frame: (B,T,H,W,C) -> (B,T,H',W',C')."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _from_frames(super().forward(_to_frames(x)), x.shape[0])
+        return _convolve(self, super().forward, x)
 
 
 class FramewiseConvTranspose(nn.ConvTranspose2d):
     """A transposed convolution of each frame: (B,T,H,W,C) -> (B,T,H',W',C')."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _from_frames(super().forward(_to_frames(x)), x.shape[0])
+        return _convolve(self, super().forward, x)
+
+
+def _convolve(layer: FramewiseConv | FramewiseConvTranspose, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """By the compiled products where these take it, else as PyTorch does (`plain`)."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if convolution.takes(x, layer.weight):
+        return convolution.convolution(
+            x, layer.weight, layer.bias, layer.stride[0], layer.padding[0], isinstance(layer, nn.ConvTranspose2d)
+        )
+    return _from_frames(plain(_to_frames(x)), x.shape[0])
 
 
 def _to_frames(x: Tensor) -> Tensor:
@@ -96,8 +109,46 @@ class Attention(nn.Module):
 
     def _residual(self, x: Tensor, operation: Callable[..., Tensor], *arguments) -> Tensor:
         """`operation(qkv, *arguments)` takes (B, T, S, 3 * HEADS * DIM_HEAD) to (B, T, S, HEADS * DIM_HEAD)."""
-        qkv = self.qkv(kernels.layer_norm(x, self.norm)).flatten(2, 3)
-        return x + self.out(operation(qkv, *arguments)).view_as(x)
+        normalised = kernels.layer_norm(x, self.norm)
+        with _recomputed(self.qkv, normalised) as project:
+            out = operation(project(), *arguments)
+        return x + self.out(out).view_as(x)
+
+
+@contextlib.contextmanager
+def _recomputed(layer: nn.Linear, x: Tensor) -> Iterator[Callable[[], Tensor]]:
+    """Inside, the result of `layer(x)` is not kept for the backward pass but computed again there.
+
+    Queries, keys and values are up to twelve times as large as what they come from, and one product away. On a GPU and
+    where a compiler plans the memory they are kept.
+
+    Yields:
+        What computes layer(x) (B, T, H, W, 3 * HEADS * DIM_HEAD) as (B, T, S, 3 * HEADS * DIM_HEAD).
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        yield lambda: layer(x).flatten(2, 3)
+        return
+    found: list[Tensor] = []
+    weight = layer.weight.detach()  # of this step: ZeRO-3 takes the parameter's memory away before the backward pass
+
+    def project() -> Tensor:
+        found.append(layer(x).flatten(2, 3))
+        return found[0]
+
+    def pack(kept: Tensor) -> Tensor | None:
+        same = found and kept.data_ptr() == found[0].data_ptr() and kept.shape == found[0].shape
+        return None if same else kept
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        with torch.no_grad():
+            return nn.functional.linear(x.to(dtype), weight.to(dtype)).flatten(2, 3)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield project
+        dtype = found[0].dtype
+        del found[0]
 
 
 class TemporalAttention(Attention):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_report
+from benchmarks.denoiser import AGAIN, headline_of, peak_bytes
 from benchmarks.shapes import denoiser_calls, moved_elements, tensors
 from benchmarks.timing import Timing, interleaved
 
@@ -50,6 +51,29 @@ def test_sides_are_timed_in_turn():
     timings = interleaved(sides, "cpu", seconds=0.0, least=3)
     assert order[-4:] == ["a", "b", "a", "b"] and set(timings) == {"a", "b"}
     assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0, 4.0)
+
+
+def test_the_compiled_reference_is_held_against_our_faster_way():
+    def took(**milliseconds: float) -> dict[str, Timing]:
+        return {name: Timing(ms, ms, ms) for name, ms in milliseconds.items()}
+
+    memory = {"ours": 30, "reference": 100}
+    whole = took(**{"ours/eager": 5.0, "reference/eager": 15.0, AGAIN: 4.0, "ours/compiled": 8.0})
+    whole |= took(**{"reference/compiled": 12.0})
+    assert headline_of(whole, memory) == {"vs_eager": 3.0, "vs_compile": 3.0, "peak_memory_ratio": 0.3}
+    stage = took(**{"ours/half stage": 2.0, "reference/compiled half stage": 5.0})
+    assert headline_of(stage, memory) == {"vs_compile": 2.5, "peak_memory_ratio": 0.3}
+    assert "vs_compile" not in headline_of(took(**{AGAIN: 4.0}), memory)
+
+
+def test_peak_memory_is_what_lives_at_once():
+    def step() -> torch.Tensor:
+        a = torch.ones(1000, 1000)
+        b = a + 1
+        del a
+        return (b + 1).sum()
+
+    assert 8_000_000 <= peak_bytes(step, "cpu") < 8_001_000
 
 
 def test_a_report_reads_as_a_table_whatever_is_missing():

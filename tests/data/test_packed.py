@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from gaitfast.config import UserError
 from gaitfast.data import codec, packed, shards
+from tests.data.silhouettes import write_in_shards
 
 BACKENDS = [
     "plain",
@@ -31,27 +32,6 @@ def make_sequences(seed=0):
             frames = (noise, np.zeros(shape, np.uint8), (noise > 240).astype(np.uint8) * 255)[view]
             sequences.append((f"{subject:03d}", "nm-01", f"{view * 90:03d}", frames))
     return [sequences[i] for i in rng.permutation(len(sequences))]
-
-
-def write_in_shards(path, sequences, size, **options):
-    """As `packed.write`, in shards of `size` sequences, as `gaitfast prepare` would."""
-    dataset = packed.write(path, sequences, **options)
-    ordered = sorted(sequences, key=lambda s: s[:3])
-    facts = json.loads((path / "dataset.json").read_text())
-    facts["shards"] = []
-    (path / "shard-00000.safetensors").unlink()
-    for number, begin in enumerate(range(0, len(ordered), size)):
-        file = path / f"shard-{number:05d}.safetensors"
-        writer = shards.ShardWriter(file)
-        group = ordered[begin : begin + size]
-        for *_, frames in group:
-            writer.append(codec.compress(frames))
-        writer.close()
-        record = (file.name, file.stat().st_size, shards.checksum(file), len(group), sum(len(s[3]) for s in group))
-        facts["shards"].append(packed.ShardRecord(*record)._asdict())
-    (path / "dataset.json").write_text(json.dumps(facts))
-    assert dataset.num_frames == sum(shard["frames"] for shard in facts["shards"])
-    return path
 
 
 @pytest.fixture(scope="module")

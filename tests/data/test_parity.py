@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from nvidia.dali import pipeline_def
 
 from gaitfast.config import AugmentConfig
-from gaitfast.data import augment, part_ops, pipeline, reference
+from gaitfast.data import augment, part_ops, reference
+from gaitfast.data import dali as graphs
 from gaitfast.data.augment import KERNELS, draw_parameters
 from tests.data.silhouettes import walk
 
@@ -90,19 +91,19 @@ class Dali:
 
     def __call__(self, *inputs) -> np.ndarray:
         self.inputs = inputs
-        return pipeline._owned(self._pipeline.run()[0], self._device).cpu().numpy()
+        return graphs._owned(self._pipeline.run()[0], self._device).cpu().numpy()
 
 
 @pytest.fixture(scope="module", params=DEVICES)
 def dali(request):
-    """The graphs of pipeline.py on one device, alone."""
+    """The graphs of dali.py on one device, alone."""
     device = request.param
     strip = ["FHWC", "", "", ""]
     return SimpleNamespace(
         device=device,
-        geometry={w: Dali(device, strip, lambda *inputs, w=w: pipeline.geometry(*inputs, w)) for w in (64, 44)},
-        blur=Dali(device, strip, pipeline.blur_part),
-        dilate=Dali(device, [*strip, "", ""], pipeline.dilate_part) if device == "cuda" else None,
+        geometry={w: Dali(device, strip, lambda *inputs, w=w: graphs.geometry(*inputs, w)) for w in (64, 44)},
+        blur=Dali(device, strip, graphs.blur_part),
+        dilate=Dali(device, [*strip, "", ""], graphs.dilate_part) if device == "cuda" else None,
     )
 
 
@@ -122,7 +123,7 @@ def difference(a, b):
 @given(seed=seeds)
 def test_warp_agrees_with_opencv_and_with_float64(dali, width, seed):
     frames, p = clips(seed), parameters(seed, width, part_dilate=0.0, part_blur=0.0)
-    result = dali.geometry[width](*pipeline.cpu_inputs(frames, p))
+    result = dali.geometry[width](*graphs.cpu_inputs(frames, p))
     assert difference(result, expected(frames, p)) <= WARP_TOLERANCE
     for i in range(CLIPS):
         exact = bilinear(frames[i], p.matrix[i], width)
@@ -137,7 +138,7 @@ def test_what_is_not_warped_is_copied_exactly(dali, width):
     cut = frames[..., margin : 64 - margin]
     mirrored = np.where(p.flip[:, None, None, None], cut[..., ::-1], cut)
     assert 0 < p.flip.sum() < CLIPS
-    inputs = pipeline.cpu_inputs(frames, p)
+    inputs = graphs.cpu_inputs(frames, p)
     np.testing.assert_array_equal(dali.geometry[width](*inputs), mirrored)
     through_the_warp = (*inputs[:2], np.ones(CLIPS, bool), inputs[3])
     np.testing.assert_array_equal(dali.geometry[width](*through_the_warp), mirrored)
@@ -311,7 +312,7 @@ def test_one_warp_is_close_to_opengaits_two():
 def test_all_operations_composed_agree_with_the_reference(dali, width):
     for seed in range(10):
         frames, p = clips(seed), parameters(seed, width)
-        result = torch.from_numpy(dali.geometry[width](*pipeline.cpu_inputs(frames, p)))
+        result = torch.from_numpy(dali.geometry[width](*graphs.cpu_inputs(frames, p)))
         part_ops.apply(result, p)
         unequal = result.numpy() != expected(frames, p)
         # A level of difference in front of the threshold may become 255 behind it, so shares are compared.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gaitfast.config import AugmentConfig, DataConfig, UserError
+from gaitfast.data import codec
 from gaitfast.data.packed import PackedDataset
 from gaitfast.data.pipeline import build_loader
 from gaitfast.data.reference import ReferenceLoader
@@ -20,12 +21,37 @@ CONFIG = DataConfig(
     frames=6, threads=1, augment=AugmentConfig(affine=0.4, perspective=0.4, part_dilate=0.4, part_blur=0.4)
 )
 OPTIONS = {"seed": 11, "batch": 6}
+UNEQUAL = {("cpu", "compiled"): 2e-3, ("cpu", "dali"): 1e-4, ("cuda", "dali"): 2e-2}
+"""Largest share of pixels that may differ from the reference. The compiled warp has weights of 16 bits."""
 LENGTHS = [3, 9, 12, 6, 20, 15, 7, 31, 14, 8]
 
-if torch.cuda.is_available():
-    DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-else:
-    DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skip(reason="needs a CUDA device")])]
+gpu = (
+    [pytest.mark.gpu]
+    if torch.cuda.is_available()
+    else [pytest.mark.gpu, pytest.mark.skip(reason="needs a CUDA device")]
+)
+built = [] if codec.compiled() else [pytest.mark.skip(reason="the extension is not built")]
+ENGINES = [
+    pytest.param(("cpu", "compiled"), marks=built, id="cpu-compiled"),
+    pytest.param(("cpu", "dali"), id="cpu-dali"),
+    pytest.param(("cuda", "dali"), marks=gpu, id="cuda"),
+]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def where(request) -> tuple[str, str]:
+    """(device, engine)."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def device(where) -> str:
+    return where[0]
+
+
+@pytest.fixture(scope="module")
+def config(where) -> DataConfig:
+    return replace(CONFIG, engine=where[1])
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +73,10 @@ def assert_equal(a, b):
         assert torch.equal(getattr(a, name).cpu(), getattr(b, name).cpu()), f"{name} of step {a.step}"
 
 
-@pytest.fixture(scope="module", params=DEVICES)
-def device(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def batches(dataset, device):
+def batches(dataset, device, config):
     """Six steps, more than two epochs of the eight training sequences."""
-    return take(build_loader(dataset, CONFIG, **OPTIONS, device=device), 6)
+    return take(build_loader(dataset, config, **OPTIONS, device=device), 6)
 
 
 # --- what a batch is --------------------------------------------------------------------------------------------------
@@ -81,8 +102,8 @@ def test_shapes_and_types(batches, device):
         ({"split": "all", "frames": 11}, ("ordered", 0)),
     ],
 )
-def test_batches_equal_the_reference(dataset, device, change, sampling):
-    config = replace(CONFIG, **change)
+def test_batches_equal_the_reference(dataset, device, config, change, sampling):
+    config = replace(config, **change)
     options = {**OPTIONS, "sampling": sampling}
     loader = build_loader(dataset, config, **options, device=device)
     for ours, reference in zip(take(loader, 5), ReferenceLoader(dataset, config, **options)):
@@ -90,12 +111,12 @@ def test_batches_equal_the_reference(dataset, device, change, sampling):
         for name in ("clip_e", "clip_g"):
             # A level of difference before the blur's threshold may become 255 behind it, so the share counts.
             unequal = (getattr(ours, name).cpu() != getattr(reference, name)).float().mean()
-            assert unequal < (1e-4 if device == "cpu" else 2e-2), name
+            assert unequal < UNEQUAL[device, config.engine], name
 
 
-def test_without_augmentation_clips_are_the_stored_frames(dataset, device):
+def test_without_augmentation_clips_are_the_stored_frames(dataset, device, config):
     off = AugmentConfig(affine=0.0, perspective=0.0, flip=0.0, part_dilate=0.0, part_blur=0.0)
-    config = replace(CONFIG, augment=off, same_clip=True)
+    config = replace(config, augment=off, same_clip=True)
     for batch in take(build_loader(dataset, config, **OPTIONS, device=device), 3):
         for number, clip_e, clip_g in zip(batch.sequence.tolist(), batch.clip_e.cpu(), batch.clip_g.cpu()):
             stored = torch.from_numpy(dataset.sequence(number))
@@ -108,23 +129,23 @@ def test_without_augmentation_clips_are_the_stored_frames(dataset, device):
 
 
 @pytest.mark.parametrize("change", [{"threads": 2}, {"threads": 3, "prefetch": 5}, {"threads": 0, "prefetch": 1}])
-def test_batches_do_not_depend_on_threads_or_look_ahead(dataset, device, batches, change):
-    loader = build_loader(dataset, replace(CONFIG, **change), **OPTIONS, device=device)
+def test_batches_do_not_depend_on_threads_or_look_ahead(dataset, device, config, batches, change):
+    loader = build_loader(dataset, replace(config, **change), **OPTIONS, device=device)
     for a, b in zip(take(loader, 6), batches):
         assert_equal(a, b)
 
 
 @pytest.mark.parametrize("start", [1, 4])
-def test_a_restart_is_a_number(dataset, device, batches, start):
-    loader = build_loader(dataset, CONFIG, **OPTIONS, device=device, start_step=start)
+def test_a_restart_is_a_number(dataset, device, config, batches, start):
+    loader = build_loader(dataset, config, **OPTIONS, device=device, start_step=start)
     for a, b in zip(take(loader, 6 - start), batches[start:]):
         assert_equal(a, b)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_global_batch_does_not_depend_on_the_number_of_ranks(dataset, device, batches, world_size):
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(dataset, device, config, batches, world_size):
     ranks = [
-        take(build_loader(dataset, CONFIG, **OPTIONS, device=device, rank=r, world_size=world_size), 4)
+        take(build_loader(dataset, config, **OPTIONS, device=device, rank=r, world_size=world_size), 4)
         for r in range(world_size)
     ]
     for whole, *parts in zip(batches, *ranks):
@@ -133,14 +154,44 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(dataset, device
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
-def test_batches_do_not_depend_on_the_decoder(dataset, batches, device):
+def test_batches_do_not_depend_on_the_decoder(dataset, device):
+    """Of DALI's, that is: the compiled engine has one of its own."""
+    config = replace(CONFIG, engine="dali")
     plain = PackedDataset.open(dataset.path, backend="plain")
-    for a, b in zip(take(build_loader(plain, CONFIG, **OPTIONS, device=device), 2), batches):
+    loaders = [build_loader(each, config, **OPTIONS, device=device) for each in (plain, dataset)]
+    for a, b in zip(*(take(loader, 2) for loader in loaders)):
         assert_equal(a, b)
 
 
-def test_seed_and_step_do_matter(dataset, device, batches):
-    (other,) = take(build_loader(dataset, CONFIG, **{**OPTIONS, "seed": 12}, device=device), 1)
+@pytest.mark.parametrize("residency", ["host", "device"])
+def test_batches_do_not_depend_on_residency(dataset, device, config, batches, residency):
+    if not codec.compiled():
+        pytest.skip("the extension is not built")
+    opened = PackedDataset.open(dataset.path)  # which then holds its frames in memory
+    loader = build_loader(opened, replace(config, residency=residency), **OPTIONS, device=device)
+    for a, b in zip(take(loader, 6), batches):
+        assert_equal(a, b)
+    assert torch.equal(torch.from_numpy(opened.sequence(3)), torch.from_numpy(dataset.sequence(3)))
+
+
+def test_what_needs_the_extension_says_so(dataset, device):
+    plain = PackedDataset.open(dataset.path, backend="plain")
+    for change, key in (({"engine": "compiled"}, "engine"), ({"residency": "host"}, "residency")):
+        with pytest.raises(UserError, match=rf"data\.{key}: .*(make setup|on a GPU)"):
+            build_loader(plain, replace(CONFIG, **change), **OPTIONS, device=device)
+
+
+def test_several_shards_are_one_dataset(dataset, device, config, batches, tmp_path):
+    several = write_dataset(tmp_path / "several", LENGTHS, shard_files=4)
+    assert len(several.facts["shards"]) == 4
+    for residency in ("mapped", "host", "device") if codec.compiled() else ("mapped",):
+        loader = build_loader(several, replace(config, residency=residency), **OPTIONS, device=device)
+        for a, b in zip(take(loader, 3), batches):
+            assert_equal(a, b)
+
+
+def test_seed_and_step_do_matter(dataset, device, config, batches):
+    (other,) = take(build_loader(dataset, config, **{**OPTIONS, "seed": 12}, device=device), 1)
     assert not torch.equal(other.clip_e, batches[0].clip_e)
     assert not torch.equal(batches[1].clip_e, batches[0].clip_e)
 
@@ -148,8 +199,8 @@ def test_seed_and_step_do_matter(dataset, device, batches):
 # --- ownership and life -----------------------------------------------------------------------------------------------
 
 
-def test_a_batch_stays_as_it_was_while_others_are_made(dataset, device, batches):
-    loader = build_loader(dataset, CONFIG, **OPTIONS, device=device)
+def test_a_batch_stays_as_it_was_while_others_are_made(dataset, device, config, batches):
+    loader = build_loader(dataset, config, **OPTIONS, device=device)
     first = next(loader)
     copy = first.clip_e.clone(), first.clip_g.clone()
     later = [next(loader) for _ in range(8)]
@@ -167,8 +218,8 @@ def loader_threads() -> list:
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 5])
-def test_close_ends_the_thread_and_the_iteration(dataset, device, consumed):
-    loader = build_loader(dataset, CONFIG, **OPTIONS, device=device)
+def test_close_ends_the_thread_and_the_iteration(dataset, device, config, consumed):
+    loader = build_loader(dataset, config, **OPTIONS, device=device)
     for _ in range(consumed):
         next(loader)
     loader.close()
@@ -209,13 +260,13 @@ def first_frame_of(dataset: PackedDataset, earliest: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("earliest, prefetch", [(0, 2), (1, 2), (2, 1), (2, 4)])
-def test_a_corrupt_frame_is_named_when_its_step_is_due(tmp_path, device, batches, earliest, prefetch):
+def test_a_corrupt_frame_is_named_when_its_step_is_due(tmp_path, device, config, batches, earliest, prefetch):
     damaged = write_dataset(tmp_path / "damaged", LENGTHS)
     step, frame = first_frame_of(damaged, earliest)
     sequence = damaged.sequence_name(int(np.searchsorted(damaged.starts, frame, side="right")) - 1)
     corrupt(damaged, frame)
     loader = build_loader(
-        PackedDataset.open(damaged.path), replace(CONFIG, prefetch=prefetch), **OPTIONS, device=device
+        PackedDataset.open(damaged.path), replace(config, prefetch=prefetch), **OPTIONS, device=device
     )
     for earlier in range(step):
         assert_equal(next(loader), batches[earlier])
@@ -237,10 +288,10 @@ def corrupt(dataset: PackedDataset, number: int) -> None:
     file.write_bytes(data)
 
 
-def test_mistakes_are_named_at_once(dataset, device, tmp_path):
+def test_mistakes_are_named_at_once(dataset, device, config, tmp_path):
     with pytest.raises(UserError, match="6 does not divide by 4 ranks"):
-        build_loader(dataset, CONFIG, **OPTIONS, device=device, world_size=4)
+        build_loader(dataset, config, **OPTIONS, device=device, world_size=4)
     nobody = write_dataset(tmp_path / "nobody", [5, 5])
     with pytest.raises(UserError, match=r"no sequence in 'train'"):
-        build_loader(nobody, CONFIG, **OPTIONS, device=device)
+        build_loader(nobody, config, **OPTIONS, device=device)
     assert not loader_threads()

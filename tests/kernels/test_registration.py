@@ -118,7 +118,7 @@ def test_a_machine_without_triton_does_without_and_says_so():
     hide = "import sys; sys.modules['triton'] = None\n"
     said = program(hide + FORCED, GAITFAST_BACKEND="triton")
     assert "Triton does not import (ModuleNotFoundError" in said
-    plain = "print(kernels.backend_of('film')[0], 'gaitfast.kernels.triton_ops' in sys.modules)"
+    plain = "print(kernels.backend_of('layer_norm')[0], 'gaitfast.kernels.triton_ops' in sys.modules)"
     assert program(hide + "from gaitfast import kernels; " + plain, GAITFAST_BACKEND="").strip() == "compiled False"
 
 
@@ -127,5 +127,5 @@ def test_a_machine_without_the_extension_runs_the_reference_and_says_so():
     assert "the compiled extension does not load (ModuleNotFoundError" in program(
         hide + FORCED, GAITFAST_BACKEND="compiled"
     )
-    said = program(hide + "from gaitfast import kernels; print(*kernels.backend_of('film'))", GAITFAST_BACKEND="")
+    said = program(hide + "from gaitfast import kernels; print(*kernels.backend_of('layer_norm'))", GAITFAST_BACKEND="")
     assert said.startswith("reference the compiled extension does not load")

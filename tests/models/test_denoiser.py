@@ -204,6 +204,22 @@ def test_activations_and_their_gradients_keep_channels_last(dtype):
         assert list(gradient.stride()) == sorted(gradient.stride(), reverse=True) and gradient.stride(-1) == 1
 
 
+def test_computing_projections_again_changes_no_bit(monkeypatch):
+    """Queries, keys and values are not kept on a CPU; under a compiler they are."""
+    model = build_denoiser(32, 16)
+
+    def gradients() -> list[torch.Tensor]:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(*inputs()).float().square().mean()
+        # What is computed again is so outside of autocast, and from the weights of the forward pass.
+        return list(torch.autograd.grad(loss, parameters))
+
+    again = gradients()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert all(torch.equal(a, b) for a, b in zip(again, gradients(), strict=True))
+
+
 def test_same_seed_same_weights_and_the_global_generator_is_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -43,6 +43,12 @@ GAITFAST_INLINE float about_inverse_root(float x) {
   return guess * (1.5f - 0.5f * x * guess * guess);
 }
 
+// x where `sign` is below zero, or else zero. Without a comparison: the compiler would take a root on either side of it.
+GAITFAST_INLINE float where_negative(float sign, float x) {
+  const int32_t mask = __builtin_bit_cast(int32_t, sign) >> 31;
+  return __builtin_bit_cast(float, __builtin_bit_cast(int32_t, x) & mask);
+}
+
 // Adds one part's distances to the sums of lower and upper bounds (both negative).
 template <bool>
 GAITFAST_INLINE void add_part_body(const float* __restrict products, int64_t columns, const Part& item,
@@ -59,7 +65,7 @@ GAITFAST_INLINE void add_part_body(const float* __restrict products, int64_t col
     // One root for both bounds: with s^2 = m >= 4 error, sqrt(m + error) - s < s - sqrt(m - error) <= 0.536 error / s.
     const float least = 4.0f * error, m = t > least ? t : least;
     const float root = __builtin_sqrtf(m), width = 0.545f * error * about_inverse_root(m);
-    near[j] -= t > least ? root - width : 0.0f;
+    near[j] -= where_negative(least - t, root - width);
     far[j] -= root + width;
   }
 }

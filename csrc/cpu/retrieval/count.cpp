@@ -10,19 +10,20 @@ namespace {
 // Thresholds of 16 queries side by side, positive by positive, for one tile. The score of item i for query j is surely
 // above that of the positive when far - item_error > above, and may be when near + item_error >= below.
 template <bool>
-GAITFAST_INLINE void compare_body(const float* near, const float* far, int64_t stride, const float* item_error,
-                                  int64_t rows, int64_t positives, const float* above, const float* below,
-                                  int32_t* closer, int32_t* undecided) {
-  for (int64_t p = 0; p < positives; ++p) {
-    const Floats surely = load(above + p * kLanes), maybe = load(below + p * kLanes);
-    Ints count = {};
+GAITFAST_INLINE void compare_body(const float* __restrict near, const float* __restrict far, int64_t stride,
+                                  const float* __restrict item_error, int64_t rows, int64_t positives,
+                                  const float* __restrict above, const float* __restrict below,
+                                  int32_t* __restrict closer, int32_t* __restrict undecided) {
+  for (int64_t p = 0; p < positives; ++p, above += kLanes, below += kLanes, closer += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) closer[lane] = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      const Ints closer_now = load(far + i * stride) - item_error[i] > surely;
-      const Ints reached = load(near + i * stride) + item_error[i] >= maybe;
-      count -= closer_now;  // true is -1
-      store(load(undecided + i * kLanes) | (reached & ~closer_now), undecided + i * kLanes);
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int32_t surely = far[i * stride + lane] - item_error[i] > above[lane];
+        const int32_t maybe = near[i * stride + lane] + item_error[i] >= below[lane];
+        closer[lane] += surely;
+        undecided[i * kLanes + lane] |= maybe & (surely ^ 1);
+      }
     }
-    store(count, closer + p * kLanes);
   }
 }
 

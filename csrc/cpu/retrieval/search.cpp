@@ -92,18 +92,17 @@ struct Hit {
 
 // The places of a tile whose score reaches its column's threshold.
 template <bool>
-GAITFAST_INLINE void hits_body(const float* scores, int64_t stride, int64_t columns, const float* item_error,
-                               int64_t rows, const float* thresholds, std::vector<Hit>& out) {
+GAITFAST_INLINE void hits_body(const float* __restrict scores, int64_t stride, int64_t columns,
+                               const float* item_error, int64_t rows, const float* __restrict thresholds,
+                               std::vector<Hit>& out) {
   for (int64_t i = 0; i < rows; ++i) {
     const float* line = scores + i * stride;
-    for (int64_t j = 0; j < columns; j += 2 * kLanes) {  // columns come in panels of 32
-      const Ints reached = load(line + j) + item_error[i] >= load(thresholds + j);
-      const Ints beside = load(line + j + kLanes) + item_error[i] >= load(thresholds + j + kLanes);
-      if (__builtin_expect(!any(reached | beside), 1)) continue;
-      for (int64_t lane = 0; lane < 2 * kLanes; ++lane) {
-        if (line[j + lane] + item_error[i] >= thresholds[j + lane]) {
-          out.push_back({static_cast<int32_t>(i), static_cast<int32_t>(j + lane)});
-        }
+    for (int64_t first = 0; first < columns; first += kRowsOfPanel) {
+      int32_t reached = 0;
+      for (int64_t j = first; j < first + kRowsOfPanel; ++j) reached |= line[j] + item_error[i] >= thresholds[j];
+      if (__builtin_expect(reached == 0, 1)) continue;
+      for (int64_t j = first; j < first + kRowsOfPanel; ++j) {
+        if (line[j] + item_error[i] >= thresholds[j]) out.push_back({static_cast<int32_t>(i), static_cast<int32_t>(j)});
       }
     }
   }

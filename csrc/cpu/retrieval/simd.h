@@ -44,21 +44,6 @@ Simd simd();
 #endif
 #define GAITFAST_WITH_LEVEL(...) (level, __VA_ARGS__)
 
-// Sixteen lanes on any CPU: the compiler splits them where registers are narrower.
-typedef float Floats __attribute__((vector_size(64)));
-typedef float UnalignedFloats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef int32_t UnalignedInts __attribute__((vector_size(64), aligned(4)));
-constexpr int64_t kLanes = 16;
-
-GAITFAST_INLINE Floats load(const float* x) { return *reinterpret_cast<const UnalignedFloats*>(x); }
-GAITFAST_INLINE Ints load(const int32_t* x) { return *reinterpret_cast<const UnalignedInts*>(x); }
-GAITFAST_INLINE void store(Ints values, int32_t* x) { *reinterpret_cast<UnalignedInts*>(x) = values; }
-
-GAITFAST_INLINE bool any(Ints lanes) {
-  typedef int64_t Halves __attribute__((vector_size(64)));
-  const Halves h = reinterpret_cast<Halves>(lanes);
-  return ((h[0] | h[1]) | (h[2] | h[3]) | (h[4] | h[5]) | (h[6] | h[7])) != 0;
-}
+constexpr int64_t kLanes = 16;  // of the widest registers
 
 }  // namespace gaitfast::retrieval

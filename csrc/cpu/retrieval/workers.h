@@ -12,10 +12,10 @@
 
 namespace gaitfast::retrieval {
 
-// Runs task(i) for i in [0, count), in any order, on at most at::get_num_threads() threads. The first exception that a
-// task throws is thrown here, after all threads have ended.
+// Runs task(i) for i in [0, count), in any order, on at most `most` threads. The first exception that a task throws is
+// thrown here, after all threads have ended.
 template <class Task>
-void parallel(int64_t count, const Task& task) {
+void parallel(int64_t count, const Task& task, int64_t most = at::get_num_threads()) {
   std::atomic<int64_t> next{0};
   std::exception_ptr failure;
   std::mutex guard;
@@ -28,7 +28,7 @@ void parallel(int64_t count, const Task& task) {
       next = count;
     }
   };
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  const int64_t threads = std::min<int64_t>(most, count);
   std::vector<std::thread> helpers;
   for (int64_t t = 1; t < threads; ++t) helpers.emplace_back(work);
   work();
