@@ -2,7 +2,7 @@
 
 The same run twice, in float32 and under autocast to bfloat16: same weights, batches, noise and timesteps. A row holds
 both curves as means of a hundred steps; the headline is the largest relative distance between two such means.
-`--golden FILE` writes a short curve, as tests/test_numerics.py compares it.
+`--golden FILE` writes a short curve to compare with later.
 """
 
 from __future__ import annotations

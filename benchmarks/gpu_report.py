@@ -42,13 +42,13 @@ PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 """Most of a test's time is the compilation of its kernels."""
 
 PARTS = (
-    Part("build", 75, ("setup.py", "--quiet", "build_ext", "--inplace")),
-    Part("kernel tests", 130, ("-m", "pytest", "-m", "gpu", "tests/kernels", *PARALLEL)),
-    Part("kernels", 80, ("-m", "benchmarks.kernels", "--full", "--budget", "{seconds}", "--json", "{json}")),
-    Part("denoiser", 130, ("-m", "benchmarks.denoiser", "--full", "--json", "{json}")),
-    Part("step", 90, ("-m", "benchmarks.step", "--no-memory", "--seconds", "8", "--json", "{json}")),
+    Part("build", 100, ("setup.py", "--quiet", "build_ext", "--inplace")),
+    Part("kernel tests", 110, ("-m", "pytest", "-m", "gpu", "tests/kernels", *PARALLEL)),
+    Part("kernels", 55, ("-m", "benchmarks.kernels", "--full", "--budget", "{seconds}", "--json", "{json}")),
+    Part("denoiser", 105, ("-m", "benchmarks.denoiser", "--full", "--json", "{json}")),
+    Part("step", 65, ("-m", "benchmarks.step", "--no-memory", "--seconds", "8", "--json", "{json}")),
     Part("other tests", 40, ("-m", "pytest", "-m", "gpu", "--ignore=tests/kernels", "--continue-on-collection-errors")),
-    Part("memory accesses", 60, ("benchmarks/gpu_retrieval.sh",)),
+    Part("memory accesses", 50, ("benchmarks/gpu_retrieval.sh",)),
     Part("sweep", 300, ("-m", "benchmarks.sweep", "--budget", "{seconds}", "--json", "{json}")),
 )
 """In the order of their worth, but for the build, which comes first because the others may use it."""

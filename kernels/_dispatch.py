@@ -31,10 +31,6 @@ _REFERENCE: dict[str, Callable] = {
 
 OPERATIONS = tuple(_REFERENCE)
 
-# Measured (benchmarks/results/2026-11-22-xeon-2-cores-kernels.json): `film` is one
-# product of the library's either way.
-_NOT_FASTER = ("film",)
-
 # A backend's package on first use: (it, "") or (None, why not). Triton's takes half a second and a working Triton, the
 # compiled one a built extension.
 _packages: dict[str, tuple[ModuleType | None, str]] = {}
@@ -80,9 +76,22 @@ def _measured(operation: str, device: str, arguments: tuple) -> tuple[str, str]:
     """The choice where nothing is forced: what is measured to be the fastest on each device."""
     choice, reason = ("triton", "a CUDA device") if device == "cuda" else ("compiled", "C++ for the CPU")
     refused = _REFUSALS[choice](operation, device, arguments)
-    if not refused and choice == "compiled" and operation in _NOT_FASTER:
+    if not refused and choice == "compiled" and _is_no_faster(operation, arguments):
         refused = "the compiled one is no faster"
     return ("reference", refused) if refused else (choice, reason)
+
+
+def _is_no_faster(operation: str, arguments: tuple) -> bool:
+    """Whether the compiled kernel loses or only ties (benchmarks/results/2026-11-22-xeon-2-cores-kernels.json).
+
+    `film` is one product of the library's either way. In float32 few sites leave most of a padded square empty.
+    """
+    if operation == "film":
+        return True
+    if not arguments or arguments[0].dtype != torch.float32:
+        return False
+    x = arguments[0]
+    return (operation == "spatial_attention" and x.shape[2] < 16) or (operation == "layer_norm" and x.shape[-1] > 128)
 
 
 def _implementation(backend: str, operation: str) -> Callable:

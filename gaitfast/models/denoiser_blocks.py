@@ -51,12 +51,12 @@ class FramewiseConvTranspose(nn.ConvTranspose2d):
 
 def _convolve(layer: FramewiseConv | FramewiseConvTranspose, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """By the compiled products where these take it, else as PyTorch does (`plain`)."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    if convolution.takes(x, layer.weight):
-        return convolution.convolution(
-            x, layer.weight, layer.bias, layer.stride[0], layer.padding[0], isinstance(layer, nn.ConvTranspose2d)
-        )
+    if x.device.type == "cpu":
+        x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+        if convolution.takes(x, layer.weight):
+            return convolution.convolution(
+                x, layer.weight, layer.bias, layer.stride[0], layer.padding[0], isinstance(layer, nn.ConvTranspose2d)
+            )
     return _from_frames(plain(_to_frames(x)), x.shape[0])
 
 

@@ -123,6 +123,19 @@ def test_a_rotation_that_wants_a_gradient_is_left_to_the_reference():
         assert kernels.backend_of("temporal_attention", qkv, bias, rotation, heads)[0] == "compiled"
 
 
+@pytest.mark.parametrize(
+    "operation,arguments",
+    [("spatial_attention", site_attention(sites=4)), ("layer_norm", layer_norm(2, 256)), ("film", film())],
+)
+def test_what_is_measured_to_be_no_faster_is_left_to_the_reference_unless_forced(operation, arguments, monkeypatch):
+    monkeypatch.delenv("GAITFAST_BACKEND", raising=False)
+    arguments = typed(operation, arguments, torch.float32, "cpu")
+    name, reason = kernels.backend_of(operation, *arguments)
+    assert name == "reference" and "no faster" in reason
+    with backend("compiled"):
+        assert kernels.backend_of(operation, *arguments)[0] == "compiled"
+
+
 def test_another_device_is_left_to_the_reference():
     x = normal(2, 4).float().to("meta")
     assert kernels.backend_of("layer_norm", x, x[0], 1e-5)[0] == "reference"
