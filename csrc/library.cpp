@@ -61,8 +61,8 @@ TORCH_LIBRARY(gaitfast, m) {
   // Exact retrieval (gaitfast/retrieval). Features (N, C, P), float32, float16 or bfloat16, one type on both sides.
   // Sums of squares per part, float64 (N, P).
   m.def("part_squares(Tensor features) -> Tensor");
-  // Whether the next gallery_plane will be for a tile unit (AMX).
-  m.def("uses_tile_unit() -> bool", &gaitfast::retrieval::uses_tile_unit);
+  // What the next gallery_plane on the CPU will be of: int8 (two planes, for AMX), int16 (AVX-512 VNNI) or float32.
+  m.def("plane_type() -> str", &gaitfast::retrieval::plane_type);
   // What products read of a gallery, and how much of each row it leaves out. scale: a power of two, 1 for the cosine.
   m.def("gallery_plane(Tensor features, Tensor squares, str metric, float scale) -> (Tensor plane, Tensor lengths)");
   // The k nearest items, ordered by (exact distance, item): distances float64 (Q, k), items int64 (Q, k); where

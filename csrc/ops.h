@@ -21,7 +21,7 @@ inline bool chunk_in_range(int64_t offset, int64_t size, int64_t total) {
 }
 
 namespace retrieval {
-bool uses_tile_unit();
+std::string plane_type();
 }
 
 namespace convolution {

@@ -283,10 +283,11 @@ def _ops(torch: Any) -> list[Check]:
             checks.append(Check(name, OK, f"{'compiled':<10} gaitfast._C has it for {devices}"))
         else:
             checks.append(Check(name, OK, f"{plain:<10} gaitfast._C does not have it"))
-    if "uses_tile_unit" in compiled:
-        tiles = torch.ops.gaitfast.uses_tile_unit()
-        filtering = ("int8 tiles", "AMX is here") if tiles else ("float32", "no AMX here, or GAITFAST_CPU forbids it")
-        checks.append(Check("retrieval filter", OK, "{:<10} {}".format(*filtering)))
+    if "plane_type" in compiled:
+        kind = torch.ops.gaitfast.plane_type()
+        with_ = {"int8": "AMX", "int16": "AVX-512 VNNI"}
+        why = f"{with_[kind]} is here" if kind in with_ else "no AMX or AVX-512 VNNI here, or GAITFAST_CPU forbids them"
+        checks.append(Check("retrieval filter", OK, f"{kind:<10} {why}"))
     device = "gpu" if torch.cuda.is_available() else "cpu"
     checks.append(Check("DALI pipeline", OK, f"{device:<10} {'a' if device == 'gpu' else 'no'} CUDA device is visible"))
     return checks

@@ -35,14 +35,15 @@ Problem problem_of(const at::Tensor& queries, const at::Tensor& query_squares, c
   check_squares("queries", query_squares, q);
   check_squares("gallery", gallery_squares, g);
   const Metric kind = metric_of(metric);
-  const Segments segments(kind, g);
-  const bool tiled = plane.scalar_type() == at::kChar;
-  const int64_t values = tiled ? 2 * plane_values(segments, g.rows) : segments.count * g.rows * segments.values;
-  TORCH_CHECK(plane.numel() == values && plane.is_contiguous() && (tiled || plane.scalar_type() == at::kFloat) &&
+  const Form form = form_of(plane);
+  const Segments segments(kind, g, form);
+  const int64_t values = form == Form::floats ? segments.count * g.rows * segments.values
+                                              : (form == Form::bytes ? 2 : 1) * plane_values(segments, g.rows);
+  TORCH_CHECK(plane.numel() == values && plane.is_contiguous() && (form != Form::floats || plane.scalar_type() == at::kFloat) &&
                   lengths.numel() == g.rows * segments.count * 3 && lengths.scalar_type() == at::kFloat &&
                   lengths.is_contiguous(),
               "plane: does not belong to this gallery and metric");
-  TORCH_CHECK(!tiled || simd() == Simd::amx, "plane: is for a tile unit, and there is none");
+  TORCH_CHECK(form == Form::floats || form == best_form(), "plane: is for instructions that are not at hand");
   return Problem(kind, queries, query_squares, gallery, gallery_squares, plane, lengths, scale);
 }
 
@@ -129,7 +130,10 @@ at::Tensor pair_distances(const at::Tensor& queries, const at::Tensor& query_squ
 
 }  // namespace
 
-bool uses_tile_unit() { return simd() == Simd::amx; }
+std::string plane_type() {
+  const Form form = best_form();
+  return form == Form::bytes ? "int8" : form == Form::words ? "int16" : "float32";
+}
 
 }  // namespace gaitfast::retrieval
 

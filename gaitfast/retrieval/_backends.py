@@ -100,7 +100,7 @@ class CompiledBlock:
 
     @staticmethod
     def most_items(gallery: torch.Tensor) -> int:
-        bytes_of_value = 2 if torch.ops.gaitfast.uses_tile_unit() else 4
+        bytes_of_value = 4 if torch.ops.gaitfast.plane_type() == "float32" else 2
         return max(1024, _PLANE_BYTES // (bytes_of_value * gallery[0].numel()))
 
     def __init__(self, queries: Prepared, gallery: torch.Tensor, first: int, size: int, metric: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 
-def _plane_shape(rows: int, channels: int, parts: int, metric: str) -> tuple[int, int]:
-    """Of two int8 planes (csrc/cpu/retrieval/plane.h)."""
-    segments, values = (1, channels * parts) if metric == "cosine" else (parts, channels)
-    stride = -(-values // 64) | 1
-    return 2, segments * (-(-rows // 32) * 32) * stride * 64
+def _plane_shape(kind: str, rows: int, segments: int, values: int) -> tuple[int, ...]:
+    """See csrc/cpu/retrieval/plane.h."""
+    if kind == "float32":
+        return segments, rows, values
+    depth = 64 if kind == "int8" else 32
+    plane = segments * (-(-rows // 32) * 32) * (-(-values // depth) | 1) * depth
+    return (2, plane) if kind == "int8" else (plane,)
 
 
 def register() -> None:
@@ -23,10 +25,8 @@ def register() -> None:
     def _(features, squares, metric, scale):
         rows, channels, parts = features.shape
         segments, values = (1, channels * parts) if metric == "cosine" else (parts, channels)
-        if torch.ops.gaitfast.uses_tile_unit():
-            plane = features.new_empty(_plane_shape(rows, channels, parts, metric), dtype=torch.int8)
-        else:
-            plane = features.new_empty((segments, rows, values), dtype=torch.float32)
+        kind = torch.ops.gaitfast.plane_type()
+        plane = features.new_empty(_plane_shape(kind, rows, segments, values), dtype=getattr(torch, kind))
         return plane, features.new_empty((rows, segments, 3), dtype=torch.float32)
 
     @torch.library.register_fake("gaitfast::search_gallery")

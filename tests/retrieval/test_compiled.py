@@ -113,6 +113,22 @@ def test_the_bounds_of_a_score_hold(monkeypatch, metric):
         assert_same(search(base, gallery, 50, metric), expected)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("at", ["everywhere", "one place", "one step"])
+def test_sums_that_only_just_fit_their_integers(monkeypatch, at, metric, level):
+    """Rows along each other and against each other, their length spread out evenly or in few places."""
+    base = torch.zeros(1, 1100, 2)
+    base[:, {"everywhere": slice(None), "one place": slice(700, 701), "one step": slice(512, 768)}[at]] = 1.0
+    generator = torch.Generator().manual_seed(1)
+    off = 1e-5 * torch.randn(80, 1100, 2, generator=generator)
+    signs = torch.where(torch.arange(80) % 3 == 0, -1.0, 1.0).view(-1, 1, 1)
+    both = signs * (base + off)
+    expected = plain(monkeypatch, search, both[:20], both[20:], 60, metric)
+    monkeypatch.setenv("GAITFAST_CPU", level)
+    assert_same(search(both[:20], both[20:], 60, metric), expected)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_thousands_of_equal_items_around_the_last_place(monkeypatch, metric):
     queries, gallery = sides("normal", 2, 3, 9000, 4, 2)
@@ -201,6 +217,16 @@ def test_an_unknown_level_is_refused(monkeypatch):
         search(*sides("normal", 1, 3, 50, 4, 2), 2)
 
 
+def test_the_plane_is_of_what_the_instructions_multiply(monkeypatch):
+    found = []
+    for level in LEVELS:
+        monkeypatch.setenv("GAITFAST_CPU", level)
+        found.append(torch.ops.gaitfast.plane_type())
+    widths = ["float32", "int16", "int8"]
+    assert found[:2] == ["float32", "float32"]
+    assert [widths.index(kind) for kind in found] == sorted(widths.index(kind) for kind in found)
+
+
 def test_a_forced_backend_is_the_one_that_runs(monkeypatch):
     cpu = torch.device("cpu")
     assert _backends.backend_of(cpu, torch.float32)[0] == "compiled"
@@ -212,7 +238,9 @@ def test_a_forced_backend_is_the_one_that_runs(monkeypatch):
         _backends.backend_of(torch.device("meta"), torch.float32)
 
 
-def test_operators_are_what_they_say():
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_operators_are_what_they_say(monkeypatch, level):
+    monkeypatch.setenv("GAITFAST_CPU", level)
     ops = torch.ops.gaitfast
     queries, gallery = (x.contiguous() for x in sides("normal", 6, 5, 40, 4, 2))
     query_squares, squares = ops.part_squares(queries), ops.part_squares(gallery)

@@ -14,7 +14,7 @@ constexpr float kSpare = 1.01f;  // for the rounding of the bounds themselves
 // Gallery items of a tile. Euclidean distances pass over a tile part by part.
 constexpr int64_t kTiledRows = 512, kTiledPartRows = 128, kFloatRows = 2048, kFloatPartRows = 512;
 constexpr int64_t kRowsOfTask = 4 * kRowsOfPanel;
-// Without the tile unit, rows at most 1 long in float32: they are off by half of this at most.
+// In float32, rows at most 1 long: they are off by half of this at most.
 constexpr Lengths kFloatLengths = {1.0f, 0.0f, 2.0f * kFloatUnit};
 
 template <bool>
@@ -79,25 +79,30 @@ GAITFAST_MULTIVERSION(, add_part,
 
 std::pair<at::Tensor, at::Tensor> make_plane(Metric metric, const at::Tensor& features, const at::Tensor& squares,
                                              double scale) {
-  const Rows rows(metric, features, squares.const_data_ptr<double>(), scale);
+  const Form form = best_form();
+  const Rows rows(metric, features, squares.const_data_ptr<double>(), scale, form);
   const int64_t count = rows.shape().rows, tasks = (count + kRowsOfTask - 1) / kRowsOfTask;
   const Segments& segments = rows.segments();
   const at::Tensor lengths = at::empty({count, segments.count, 3}, at::kFloat);
   auto* lengths_data = reinterpret_cast<Lengths*>(lengths.mutable_data_ptr<float>());
-  const bool tiled = simd() == Simd::amx;
   const int64_t plane_size = plane_values(segments, count);
-  const at::Tensor plane = tiled ? at::empty({2, plane_size}, at::kChar)
-                                 : at::empty({segments.count, count, segments.values}, at::kFloat);
+  const at::Tensor plane = form == Form::bytes   ? at::empty({2, plane_size}, at::kChar)
+                           : form == Form::words ? at::empty({plane_size}, at::kShort)
+                                                 : at::empty({segments.count, count, segments.values}, at::kFloat);
   prefer_large_pages(plane.mutable_data_ptr(), plane.nbytes());
   parallel(tasks, [&](int64_t task) {
     const int64_t first = task * kRowsOfTask, length = std::min(kRowsOfTask, count - first);
-    if (!tiled) {
+    const int64_t start = first * segments.stride * segments.depth;
+    Lengths* own = lengths_data + first * segments.count;
+    if (form == Form::bytes) {
+      int8_t* high = plane.mutable_data_ptr<int8_t>() + start;
+      rows.to_tiles(first, length, Side::gallery, high, high + plane_size, own, count);
+    } else if (form == Form::words) {
+      rows.to_words(first, length, Side::gallery, plane.mutable_data_ptr<int16_t>() + start, own, count);
+    } else {
       rows.to_floats(first, length, plane.mutable_data_ptr<float>() + first * segments.values, count);
-      std::fill_n(lengths_data + first * segments.count, length * segments.count, kFloatLengths);
-      return;
+      std::fill_n(own, length * segments.count, kFloatLengths);
     }
-    int8_t* high = plane.mutable_data_ptr<int8_t>() + first * segments.stride * kTileDepth;
-    rows.to_tiles(first, length, Side::gallery, high, high + plane_size, lengths_data + first * segments.count, count);
   });
   return {plane, lengths};
 }
@@ -105,10 +110,11 @@ std::pair<at::Tensor, at::Tensor> make_plane(Metric metric, const at::Tensor& fe
 Problem::Problem(Metric metric, const at::Tensor& queries, const at::Tensor& query_squares, const at::Tensor& gallery,
                  const at::Tensor& gallery_squares, const at::Tensor& plane, const at::Tensor& lengths, double scale)
     : metric(metric),
-      level(plane.scalar_type() == at::kChar ? Simd::amx : std::min(simd(), Simd::avx512)),
+      form(form_of(plane)),
+      level(form == Form::bytes ? Simd::amx : std::min(simd(), Simd::avx512)),
       scale(scale),
-      queries(metric, queries, query_squares.const_data_ptr<double>(), scale),
-      gallery(metric, gallery, gallery_squares.const_data_ptr<double>(), scale),
+      queries(metric, queries, query_squares.const_data_ptr<double>(), scale, form),
+      gallery(metric, gallery, gallery_squares.const_data_ptr<double>(), scale, form),
       pairs(metric, queries, query_squares.const_data_ptr<double>(), gallery, gallery_squares.const_data_ptr<double>()),
       query_squares(query_squares.const_data_ptr<double>()),
       gallery_squares(gallery_squares.const_data_ptr<double>()),
@@ -135,25 +141,30 @@ Block::Block(const Problem& problem, int64_t first, int64_t count)
   const Segments& segments = problem.queries.segments();
   const int64_t values = segments.values;
   lengths_.resize(columns_ * segments.count);
-  if (problem.tiled()) {
-    unit_.emplace();
-    const int64_t size = plane_values(segments, count);
-    planes_ = at::empty({2, size}, at::kChar);
-    auto* planes = planes_.mutable_data_ptr<int8_t>();
-    prefer_large_pages(planes, planes_.nbytes());
-    problem.queries.to_tiles(first, count, Side::query, planes, planes + size, lengths_.data(), count);
-    const int64_t steps = (segments.tiles + kTilesOfStep - 1) / kTilesOfStep;
-    rounding_ = 4.0f * kFloatUnit * (1.0f + static_cast<float>(steps));
-  } else {
-    floats_ = at::zeros({segments.count, columns_, values}, at::kFloat);
+  const int64_t size = plane_values(segments, count);
+  if (problem.form == Form::floats) {
+    planes_ = at::zeros({segments.count, columns_, values}, at::kFloat);
     parallel((count + kRowsOfTask - 1) / kRowsOfTask, [&](int64_t task) {
       const int64_t begin = task * kRowsOfTask;
       problem.queries.to_floats(first + begin, std::min(kRowsOfTask, count - begin),
-                                floats_.mutable_data_ptr<float>() + begin * values, columns_);
+                                planes_.mutable_data_ptr<float>() + begin * values, columns_);
     });
     std::fill(lengths_.begin(), lengths_.end(), kFloatLengths);
     // Any order of summation (Higham, "Accuracy and Stability of Numerical Algorithms", sec. 3.1).
     rounding_ = 1.1f * kFloatUnit * (static_cast<float>(values) + 8.0f);
+  } else {
+    const bool bytes = problem.form == Form::bytes;
+    planes_ = bytes ? at::empty({2, size}, at::kChar) : at::empty({size}, at::kShort);
+    prefer_large_pages(planes_.mutable_data_ptr(), planes_.nbytes());
+    if (bytes) {
+      unit_.emplace();
+      auto* high = planes_.mutable_data_ptr<int8_t>();
+      problem.queries.to_tiles(first, count, Side::query, high, high + size, lengths_.data(), count);
+    } else {
+      problem.queries.to_words(first, count, Side::query, planes_.mutable_data_ptr<int16_t>(), lengths_.data(), count);
+    }
+    const int64_t step = bytes ? kTilesOfStep : kWordTilesOfStep, steps = (segments.tiles + step - 1) / step;
+    rounding_ = 4.0f * kFloatUnit * (1.0f + static_cast<float>(steps));
   }
   near_.resize(tile_rows_ * columns_);
   item_error_.resize(tile_rows_);
@@ -182,15 +193,21 @@ void Block::compute(int64_t first, int64_t rows, const Excluded& excluded) {
 
 void Block::product(int64_t segment, int64_t first, int64_t rows, float* out) {
   const Segments& segments = problem_.gallery.segments();
-  if (!problem_.tiled()) {
+  if (problem_.form == Form::floats) {
     at::Tensor result = at::from_blob(out, {rows, columns_}, at::kFloat);
     const at::Tensor items = problem_.plane[segment].narrow(0, first, rows);
-    at::mm_out(result, items, floats_[segment].t());
+    at::mm_out(result, items, planes_[segment].t());
     return;
   }
-  const int64_t row_values = segments.stride * kTileDepth, padded = padded_rows(problem_.gallery.shape().rows);
-  const int8_t* items = problem_.plane.const_data_ptr<int8_t>() + (segment * padded + first) * row_values;
-  const int8_t* queries = planes_.const_data_ptr<int8_t>() + segment * columns_ * row_values;
+  const int64_t row_values = segments.stride * segments.depth, padded = padded_rows(problem_.gallery.shape().rows);
+  const int64_t item = (segment * padded + first) * row_values, query = segment * columns_ * row_values;
+  if (problem_.form == Form::words) {
+    word_product(problem_.plane.const_data_ptr<int16_t>() + item, planes_.const_data_ptr<int16_t>() + query, out,
+                 padded_rows(rows), columns_, segments.tiles, segments.stride);
+    return;
+  }
+  const int8_t* items = problem_.plane.const_data_ptr<int8_t>() + item;
+  const int8_t* queries = planes_.const_data_ptr<int8_t>() + query;
   const int64_t item_planes = problem_.plane.size(1), query_planes = planes_.size(1);
   tile_product({items, items + item_planes}, {queries, queries + query_planes}, out, padded_rows(rows), columns_,
                segments.tiles, segments.stride);

@@ -26,25 +26,31 @@ struct Problem {
   Problem(Metric metric, const at::Tensor& queries, const at::Tensor& query_squares, const at::Tensor& gallery,
           const at::Tensor& gallery_squares, const at::Tensor& plane, const at::Tensor& lengths, double scale);
 
-  bool tiled() const { return level == Simd::amx; }
+  bool tiled() const { return form != Form::floats; }
   // The score of a distance, rounded towards minus or plus infinity.
   float score_below(double distance) const;
   float score_above(double distance) const;
 
   Metric metric;
+  Form form;
   Simd level;
   double scale;
   Rows queries, gallery;
   Pairs pairs;
   const double *query_squares, *gallery_squares;
-  at::Tensor plane;  // of the gallery: two int8 planes, or float32 where there is no tile unit
+  at::Tensor plane;  // of the gallery, in that form
   const Lengths* lengths;
 };
 
-// The gallery's plane and lengths, float32 (N, segments, 3), as `Problem` takes them. Whether the tile unit is used is
-// decided here.
+// The gallery's plane and lengths, float32 (N, segments, 3), as `Problem` takes them. In which form is decided here, by the
+// instructions at hand.
 std::pair<at::Tensor, at::Tensor> make_plane(Metric metric, const at::Tensor& features, const at::Tensor& squares,
                                              double scale);
+
+inline Form form_of(const at::Tensor& plane) {
+  const at::ScalarType type = plane.scalar_type();
+  return type == at::kChar ? Form::bytes : type == at::kShort ? Form::words : Form::floats;
+}
 
 class Block {
  public:
@@ -73,8 +79,7 @@ class Block {
   int64_t first_, count_, columns_, tile_rows_;
   float rounding_;  // of a product in float32, relative to the two lengths
   std::optional<TileUnit> unit_;
-  at::Tensor planes_;   // int8: high, then low
-  at::Tensor floats_;   // (segments, columns, values), where there is no tile unit
+  at::Tensor planes_;   // int8: high, then low; int16; or float32 (segments, columns, values)
   std::vector<Lengths> lengths_;  // (columns, segments)
   std::vector<float> near_, far_, scratch_, item_error_, query_error_, units_;
 };

@@ -24,11 +24,13 @@ struct Positives {
 void count_closer(const Problem& problem, const Positives& positives, const Excluded& excluded, int64_t* counts,
                   bool* open);
 
-// Queries of a block for the tile unit: as many as stay in the second-level cache, or half of them where this shares the
+// Queries of a block for integer products: as many as stay in the second-level cache, or half of them where this shares the
 // work out more evenly.
-inline int64_t tiled_columns(int64_t queries, const Segments& segments) {
+inline int64_t tiled_columns(int64_t queries, const Segments& segments, Form form) {
   constexpr int64_t kBytes = 15 << 16;  // half of a second-level cache
-  const int64_t threads = at::get_num_threads(), row_bytes = 2 * kTileDepth * std::min(segments.tiles, kTilesOfStep);
+  const int64_t threads = at::get_num_threads();
+  const int64_t row_bytes = form == Form::bytes ? 2 * kTileDepth * std::min(segments.tiles, kTilesOfStep)
+                                                : kTileDepth * std::min(segments.tiles, kWordTilesOfStep);
   const int64_t most = std::clamp<int64_t>(kBytes / row_bytes / kRowsOfPanel, 1, 8) * kRowsOfPanel;
   const auto longest = [&](int64_t columns) {  // queries of the busiest thread
     return ((queries + columns - 1) / columns + threads - 1) / threads * columns;
@@ -40,7 +42,7 @@ inline int64_t tiled_columns(int64_t queries, const Segments& segments) {
   return best;
 }
 
-// With the tile unit a thread works on a block of its own; a float32 product uses all threads by itself, and they share
+// With integers a thread works on a block of its own; a float32 product uses all threads by itself, and they share
 // the reading of its result.
 template <class Work>
 void for_blocks(const Problem& problem, const Work& work) {
@@ -53,7 +55,7 @@ void for_blocks(const Problem& problem, const Work& work) {
     }
     return;
   }
-  const int64_t columns = tiled_columns(queries, problem.queries.segments());
+  const int64_t columns = tiled_columns(queries, problem.queries.segments(), problem.form);
   parallel((queries + columns - 1) / columns, [&](int64_t task) {
     Block block(problem, task * columns, std::min(columns, queries - task * columns));
     work(block);

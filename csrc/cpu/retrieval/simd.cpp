@@ -47,6 +47,15 @@ Simd detect() {
 
 }  // namespace
 
+bool has_vnni() {
+#if GAITFAST_X86
+  static const bool there = detect() >= Simd::avx512 && __builtin_cpu_supports("avx512vnni");
+  return there;
+#else
+  return false;
+#endif
+}
+
 Simd simd() {
   static const Simd best = detect();
   const char* cap = std::getenv("GAITFAST_CPU");

@@ -7,6 +7,8 @@
 #define GAITFAST_X86 1
 #define GAITFAST_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define GAITFAST_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define GAITFAST_TARGET_VNNI \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define GAITFAST_TARGET_AMX \
   __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #else
@@ -21,6 +23,9 @@ enum class Simd { generic, avx2, avx512, amx };
 // The best that CPU and operating system offer, capped by GAITFAST_CPU=generic|avx2|avx512|amx (for tests and for
 // measuring). Any other value of the variable is an error.
 Simd simd();
+
+// Whether the level avx512 has the products of int16 that are summed in int32 (VNNI).
+bool has_vnni();
 
 // Defines `name`, whose first parameter is `Simd level`: it runs name_body<use_fma> with `args`, compiled for the
 // instructions of that level.
