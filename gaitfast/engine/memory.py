@@ -61,6 +61,7 @@ def saved_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
     seen: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # a saved result that keeps its graph is kept by it: neither would ever be freed
         if tensor.untyped_storage().data_ptr() not in weights:
             seen[tensor.untyped_storage().data_ptr()] = tensor
         return tensor

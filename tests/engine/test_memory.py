@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gaitfast import needs
 from gaitfast.config import PretrainConfig, TransferConfig, load
@@ -50,6 +51,19 @@ def test_saved_bytes_counts_a_memory_once_and_no_weights():
         return y * y  # the same memory again
 
     assert saved_bytes(forward, [weight]) == 2 * 4 * 8 * 4
+
+
+def test_saved_bytes_frees_what_the_forward_pass_kept():
+    weight = torch.randn(8, 8, requires_grad=True)
+    results = []
+
+    def forward():
+        y = (torch.randn(4, 8) @ weight).exp()  # keeps its result
+        results.append(StorageWeakRef(y.untyped_storage()))
+        return y.sum()
+
+    saved_bytes(forward, [weight])
+    assert results[0].expired()
 
 
 @pytest.mark.parametrize("name", ["smplgait", "gaitbase"])
