@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -68,4 +69,6 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _send(sender: Any, function: Callable[..., Any], arguments: tuple) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # of a parent that is in a job
+        os.environ.pop(name, None)
     sender.send(function(*arguments))

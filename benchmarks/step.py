@@ -13,7 +13,6 @@ import contextlib
 import functools
 import gc
 import json
-import os
 import sys
 import tempfile
 import time
@@ -72,6 +71,8 @@ def transferring(backbone: str, batch: str, frames: int = 30) -> Case:
     return Case("transfer", backbone, settings)
 
 
+ALONE = "ours + stage 0"
+"""Ours with train.zero_stage=0: one process has nobody to share its states with, and needs no flat copies of them."""
 HEADLINE = {"pretrain/smplgait": "", "pretrain/demo": "demo_"}
 """Rows of the headline -> prefix of their figures there; peak memory is measured for them."""
 DEMO = Case("pretrain", "demo", {"eval.condition_clips": 4}, demo=True)
@@ -88,6 +89,10 @@ def make_dataset(folder: Path) -> Path:
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(sys.stderr):
             command(arguments)
     return packed
+
+
+def unshared(case: Case) -> Case:
+    return case._replace(settings={**case.settings, "train.zero_stage": 0})
 
 
 def config_of(case: Case, dataset: Path, run: Path) -> PretrainConfig | TransferConfig:
@@ -263,19 +268,17 @@ def networks_alone(run: Pretraining, batch: Any, device: torch.device) -> dict[s
 def peak_memory(name: str, case: Case, dataset: str, device: str, threads: int) -> dict[str, float]:
     """MiB of three steps of one side, in this process: beyond what lay there before, and all of it."""
     torch.set_num_threads(threads)
-    for name_of_parent in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name_of_parent, None)
     import deepspeed  # noqa: F401 (both sides, so that neither pays for it)
 
     process = world.start()
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(case, Path(dataset), Path(folder) / "run")
+        config = config_of(unshared(case) if name == ALONE else case, Path(dataset), Path(folder) / "run")
         gc.collect()
         before = status_kib("VmRSS")
-        keep_freed_memory(name == "ours")
+        keep_freed_memory(name != "plain")
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        side = ours(case, config, process) if name == "ours" else plain(case, config, process, None)
+        side = plain(case, config, process, None) if name == "plain" else ours(case, config, process)
         for _ in range(3):
             side.step()
         if device == "cuda":
@@ -301,6 +304,8 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
         sides = {"plain": other.step, "ours": one.step}
         if arguments.full and case.label in HEADLINE:
             sides["plain + malloc"] = other.step
+            alone = ours(case, config_of(unshared(case), dataset, Path(folder) / "alone"), process)
+            sides[ALONE] = alone.step
         if arguments.compile:
             sides["compiled"] = plain(case, config, process, one.run, compiled=True).step
         with FlopCounterMode(display=False) as counter:
@@ -309,6 +314,8 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
         timings = in_turns(sides, device, arguments.seconds, least)
         parts = parts_of(case, one, device, least)
         one.close()
+        if ALONE in sides:
+            alone.close()
     count = config.train.sequences
     median = timings["ours"].median
     row = {
@@ -329,11 +336,12 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
     if not arguments.no_memory and case.label in HEADLINE:
         found = {
             name: in_child(peak_memory, name, case, str(dataset), device.type, torch.get_num_threads())
-            for name in ("plain", "ours")
+            for name in ("plain", "ours", ALONE)
         }
         row["memory"] = found
         row["memory_ratio"] = {
-            key: round(found["ours"][key] / found["plain"][key], 3) for key in ("extra_mib", "process_mib")
+            name: {key: round(value / found["plain"][key], 3) for key, value in found[name].items()}
+            for name in ("ours", ALONE)
         }
     return row
 
@@ -349,7 +357,8 @@ def headline_of(rows: list[dict]) -> dict[str, float]:
         if "compiled" in row["vs"]:
             found[f"{prefix}vs_plain_compile"] = row["vs"]["compiled"]
         if "memory_ratio" in row:
-            found[f"{prefix}peak_memory_ratio"] = row["memory_ratio"]["extra_mib"]
+            found[f"{prefix}peak_memory_ratio"] = row["memory_ratio"]["ours"]["extra_mib"]
+            found[f"{prefix}stage0_peak_memory_ratio"] = row["memory_ratio"][ALONE]["extra_mib"]
     return found
 
 

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from gaitfast.config import PretrainConfig, TrainConfig, TransferConfig, TransferTrainConfig
 
 
+BUCKET = 8 * 2**20
+"""Gradients that ZeRO sends together. DeepSpeed's own 500 million are a buffer of 2 GB, and every network here is
+smaller: all gradients would lie in memory twice before the first is sent."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ProfileConfig:
     """A window of steps that is recorded into RUN/profile_START.json, a Chrome trace."""
@@ -53,7 +58,7 @@ def deepspeed_config(config: PretrainConfig | TransferConfig, world_size: int) -
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optimizer.clip,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": BUCKET},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
         **precision,

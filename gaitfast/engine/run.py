@@ -26,7 +26,7 @@ from gaitfast import files
 from gaitfast.config import PretrainConfig, TransferConfig, UserError, batch_per_rank, dump, load, to_dict
 from gaitfast.engine import checkpoint, loop, state
 from gaitfast.engine.events import PATIENCE, Events
-from gaitfast.engine.memory import keep_freed_memory
+from gaitfast.engine.memory import hand_back_freed_memory, keep_freed_memory
 from gaitfast.engine.meters import Meters, Records
 from gaitfast.engine.portable import source_commit
 from gaitfast.engine.profiling import windowed
@@ -106,6 +106,8 @@ class TrainingRun:
         self._beat()
         if found:
             self._resume(found, engine, dataset.fingerprint)
+        if process.device.type == "cpu":
+            hand_back_freed_memory()
         self.start = found.step if found else 0
         process.agree(self._make_folder)
         self._beat()

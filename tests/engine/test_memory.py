@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gaitfast import needs
 from gaitfast.config import PretrainConfig, TransferConfig, load
@@ -50,6 +51,19 @@ def test_saved_bytes_counts_a_memory_once_and_no_weights():
         return y * y  # the same memory again
 
     assert saved_bytes(forward, [weight]) == 2 * 4 * 8 * 4
+
+
+def test_saved_bytes_frees_what_the_forward_pass_kept():
+    weight = torch.randn(8, 8, requires_grad=True)
+    results = []
+
+    def forward():
+        y = (torch.randn(4, 8) @ weight).exp()  # keeps its result
+        results.append(StorageWeakRef(y.untyped_storage()))
+        return y.sum()
+
+    saved_bytes(forward, [weight])
+    assert results[0].expired()
 
 
 @pytest.mark.parametrize("name", ["smplgait", "gaitbase"])
@@ -130,3 +144,22 @@ def test_the_c_library_keeps_what_is_freed():
     assert done.returncode == 0, done.stderr
     usual, kept = map(int, done.stdout.split())
     assert kept < 100 < 16_000 < usual
+
+
+HOLES = """
+from benchmarks.memory import status_kib
+from gaitfast.engine.memory import hand_back_freed_memory, keep_freed_memory
+import torch
+assert keep_freed_memory()
+hole, wall = torch.ones(16 * 2**20), torch.ones(2**20)  # 64 MiB below a block that stays
+del hole
+before = status_kib("VmRSS")
+hand_back_freed_memory()
+print(before - status_kib("VmRSS"))
+"""
+
+
+def test_freed_memory_between_blocks_is_handed_back():
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert 60_000 < int(done.stdout) < 80_000
