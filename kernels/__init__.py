@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _dispatch
-from ._dispatch import OPERATIONS, BackendError, backend_of
+from ._dispatch import OPERATIONS, BackendError, backend_of, may_run_compiled
 
 __all__ = [
     "OPERATIONS",
@@ -21,6 +21,7 @@ __all__ = [
     "group_norm_film_silu",
     "layer_norm",
     "linear_attention",
+    "may_run_compiled",
     "spatial_attention",
     "temporal_attention",
 ]

@@ -61,6 +61,11 @@ def backend_of(operation: str, *arguments) -> tuple[str, str]:
     return forced, f"forced by {_VARIABLE}"
 
 
+def may_run_compiled() -> bool:
+    """Whether GAITFAST_BACKEND admits compiled operations, for those that have no entry in `OPERATIONS`."""
+    return os.environ.get(_VARIABLE, "") in ("", "compiled")
+
+
 def run(operation: str, x: torch.Tensor, *arguments):
     """Call `operation` on the backend in force; the device is that of `x`.
 

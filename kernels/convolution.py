@@ -9,11 +9,11 @@ Activations are (B, T, H, W, C), contiguous; weights have PyTorch's shapes and a
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ._dispatch import may_run_compiled
 
 try:
     import gaitfast._C  # noqa: F401  registers torch.ops.gaitfast
@@ -33,7 +33,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and weight.dtype in (torch.float32, torch.bfloat16)
-        and os.environ.get("GAITFAST_BACKEND", "") in ("", "compiled")
+        and may_run_compiled()
         and _has_products()
     )
 

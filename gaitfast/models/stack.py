@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gaitfast import kernels
+
 FRAMES = 32
 """Frames that go through a stack together. Measured with SMPLGait, forward and backward at 4 x 30 frames: 8: 679 ms,
 16: 561, 32: 526, 64: 516; half the width: 378, 359, 341, 335."""
@@ -26,9 +28,13 @@ SLOPE = 0.01
 """Of LeakyReLU, in every one of the five models."""
 
 
-@functools.cache
 def compiled() -> bool:
-    """Whether the compiled operators are there."""
+    """Whether the compiled operators are there, and wanted."""
+    return _present() and kernels.may_run_compiled()
+
+
+@functools.cache
+def _present() -> bool:
     try:
         import gaitfast._C  # noqa: F401
     except ImportError:
