@@ -10,10 +10,10 @@ from benchmarks.memory import in_child
 from benchmarks.step import make_dataset
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "loss-curve.json").read_text())
-STEPS = 50
-TOLERANCE = 2e-6
-"""Relative, of a mean of ten losses. The two backends agree to 2e-7 over these steps, one and two threads to 5e-8 over
-30; later losses drift apart (1e-5 after 100 steps)."""
+STEPS = 30
+TOLERANCE = 5e-7
+"""Relative, of a mean of ten losses. Measured over these steps: 5e-8 between one and two threads and between the two
+backends; later losses drift apart (1e-5 after 100 steps)."""
 
 
 def test_the_backends_learn_the_same():
