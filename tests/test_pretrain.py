@@ -100,7 +100,7 @@ def test_a_run_leaves_what_the_contract_names(undisturbed, runner):
         "loss_null",
     }
     assert wanted | {"steps", "seconds", "seed", "backend"} <= set(summary)
-    assert summary["steps"] == 40
+    assert summary["steps"] == 40 and summary["backend"]["loader"] == "compiled-cpu"
     names = {"config.resolved.yaml", "backbone.safetensors", "pictures.safetensors"}
     assert names <= {path.name for path in undisturbed.iterdir()}
     assert [p.name for p in sorted((undisturbed / "checkpoints").iterdir())] == [

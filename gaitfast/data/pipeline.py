@@ -39,8 +39,9 @@ def resolve_engine(engine: str, dataset: PackedDataset, device: torch.device) ->
 class Loader:
     """Infinite iterator of batches from a step on, prepared `prefetch` ahead."""
 
-    def __init__(self, batches: Iterator[tuple[Batch, Any]], prefetch: int) -> None:
-        """`batches` come with a CUDA event behind which they are complete, or with None."""
+    def __init__(self, batches: Iterator[tuple[Batch, Any]], prefetch: int, name: str) -> None:
+        """`batches` come with a CUDA event behind which they are complete, or with None. `name` is for summaries."""
+        self.name = name
         self._ahead = Prefetcher(batches, prefetch)
 
     def __iter__(self) -> Loader:
@@ -98,4 +99,4 @@ def build_loader(
         from gaitfast.data import dali  # a second of import, so only where it works
 
         batches = dali.batches(dataset, chunks, plan, device, start_step, threads)
-    return Loader(batches, config.prefetch)
+    return Loader(batches, config.prefetch, "dali-gpu" if device.type == "cuda" else f"{engine}-cpu")

@@ -308,6 +308,7 @@ class TrainingRun:
             device=process.device,
             start_step=self.start,
         )
+        self.loader_name = loader.name
         try:
             done = loop.train(
                 self.engine,
@@ -350,7 +351,7 @@ class TrainingRun:
         device = self.world.device
         backend = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "loader": "dali-gpu" if device.type == "cuda" else "dali-cpu",
+            "loader": self.loader_name,
             "optimizer": f"deepspeed-zero{self.config.train.zero_stage}",
             "precision": self.config.train.precision,
             **own.pop("backend", {}),
