@@ -64,7 +64,7 @@ os.truncate(sys.argv[1] + "/shard-00002.safetensors", 0)
 try:
     dataset.frames(np.arange(dataset.num_frames))
 except UserError as error:
-    print(error)
+    print(error, flush=True)
 import mmap
 with open(sys.argv[1] + "/shard-00001.safetensors", "r+b") as file:
     other = mmap.mmap(file.fileno(), 0)
