@@ -234,7 +234,7 @@ def pack(job: Job, listing: Listing, progress: Progress, note: Callable[[str], N
             problems = _assemble(job, listing, [results[work.number] for work in works], partial)
             partial.rename(job.out)
             files.sync(job.out.parent)
-            shutil.rmtree(job.out / "progress")
+            finish(job.out)
     except BrokenProcessPool:
         raise UserError(
             f"{job.out}: a worker was killed (out of memory?); run the same command again, it resumes"
@@ -251,6 +251,14 @@ def pack(job: Job, listing: Listing, progress: Progress, note: Callable[[str], N
             ) from None
         raise UserError(f"{error.filename or partial}: cannot be written ({error.strerror})") from None
     return Outcome(packed.PackedDataset.open(job.out, backend="plain"), problems)
+
+
+def finish(out: Path) -> bool:
+    """Whether `out` is a whole dataset; removes what a run that was killed at the very end left in it."""
+    if not (out / "dataset.json").is_file():
+        return False
+    shutil.rmtree(out / "progress", ignore_errors=True)
+    return True
 
 
 @contextmanager

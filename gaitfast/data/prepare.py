@@ -90,6 +90,8 @@ def _job(args: argparse.Namespace) -> tuple[packing.Job, packing.Listing]:
     if not source.is_dir():
         raise UserError(f"{args.source}: no such folder")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if packing.finish(out):
+            raise UserError(f"{args.out}: already a whole dataset; remove it to pack anew, or choose another folder")
         raise UserError(f"{args.out}: already exists; remove it or choose another folder")
     if args.workers < 0:
         raise UserError(f"--workers: must be positive, got {args.workers}")
