@@ -71,8 +71,6 @@ def transferring(backbone: str, batch: str, frames: int = 30) -> Case:
     return Case("transfer", backbone, settings)
 
 
-ALONE = "ours + stage 0"
-"""Ours with train.zero_stage=0: one process has nobody to share its states with, and needs no flat copies of them."""
 HEADLINE = {"pretrain/smplgait": "", "pretrain/demo": "demo_"}
 """Rows of the headline -> prefix of their figures there; peak memory is measured for them."""
 DEMO = Case("pretrain", "demo", {"eval.condition_clips": 4}, demo=True)
@@ -89,10 +87,6 @@ def make_dataset(folder: Path) -> Path:
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(sys.stderr):
             command(arguments)
     return packed
-
-
-def unshared(case: Case) -> Case:
-    return case._replace(settings={**case.settings, "train.zero_stage": 0})
 
 
 def config_of(case: Case, dataset: Path, run: Path) -> PretrainConfig | TransferConfig:
@@ -272,7 +266,7 @@ def peak_memory(name: str, case: Case, dataset: str, device: str, threads: int) 
 
     process = world.start()
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(unshared(case) if name == ALONE else case, Path(dataset), Path(folder) / "run")
+        config = config_of(case, Path(dataset), Path(folder) / "run")
         gc.collect()
         before = status_kib("VmRSS")
         keep_freed_memory(name != "plain")
@@ -304,8 +298,6 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
         sides = {"plain": other.step, "ours": one.step}
         if arguments.full and case.label in HEADLINE:
             sides["plain + malloc"] = other.step
-            alone = ours(case, config_of(unshared(case), dataset, Path(folder) / "alone"), process)
-            sides[ALONE] = alone.step
         if arguments.compile:
             sides["compiled"] = plain(case, config, process, one.run, compiled=True).step
         with FlopCounterMode(display=False) as counter:
@@ -314,8 +306,6 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
         timings = in_turns(sides, device, arguments.seconds, least)
         parts = parts_of(case, one, device, least)
         one.close()
-        if ALONE in sides:
-            alone.close()
     count = config.train.sequences
     median = timings["ours"].median
     row = {
@@ -336,13 +326,10 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
     if not arguments.no_memory and case.label in HEADLINE:
         found = {
             name: in_child(peak_memory, name, case, str(dataset), device.type, torch.get_num_threads())
-            for name in ("plain", "ours", ALONE)
+            for name in ("plain", "ours")
         }
         row["memory"] = found
-        row["memory_ratio"] = {
-            name: {key: round(value / found["plain"][key], 3) for key, value in found[name].items()}
-            for name in ("ours", ALONE)
-        }
+        row["memory_ratio"] = {key: round(value / found["plain"][key], 3) for key, value in found["ours"].items()}
     return row
 
 
@@ -357,8 +344,7 @@ def headline_of(rows: list[dict]) -> dict[str, float]:
         if "compiled" in row["vs"]:
             found[f"{prefix}vs_plain_compile"] = row["vs"]["compiled"]
         if "memory_ratio" in row:
-            found[f"{prefix}peak_memory_ratio"] = row["memory_ratio"]["ours"]["extra_mib"]
-            found[f"{prefix}stage0_peak_memory_ratio"] = row["memory_ratio"][ALONE]["extra_mib"]
+            found[f"{prefix}peak_memory_ratio"] = row["memory_ratio"]["extra_mib"]
     return found
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gaitfast.engine_config import ProfileConfig, batch_per_rank, deepspeed_config
+from gaitfast.engine_config import ProfileConfig, batch_per_rank, deepspeed_config, zero_stage
 from gaitfast.strict_yaml import UserError, check, check_choice, dump, load, to_dict
 
-__all__ = ["UserError", "batch_per_rank", "deepspeed_config", "dump", "load", "to_dict"]
+__all__ = ["UserError", "batch_per_rank", "deepspeed_config", "dump", "load", "to_dict", "zero_stage"]
 
 BACKBONES = ("gaitset", "gaitpart", "gaitgl", "smplgait", "gaitbase")
 VARIANTS = ("gait3d", "grew", "casia-b", "ou-mvlp", "grew-bnneck", "grew-baseline", "ou-mvlp-baseline")
@@ -196,6 +196,8 @@ class LengthConfig:
     precision: str = "bf16"
     """Autocast to bf16 or fp16 with float32 master weights, or fp32 throughout."""
     zero_stage: int = 2
+    """ZeRO stage: what the ranks share out, of moments (1), gradients (2) and weights (3). One process has nobody to
+    share with: below 3 it runs at stage 0."""
     accumulation: int = 1
     """Micro-batches into which each rank's share of the batch is cut."""
     keep_memory: bool = True

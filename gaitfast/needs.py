@@ -11,7 +11,7 @@ import contextlib
 import torch
 from torch import nn
 
-from gaitfast.config import PretrainConfig, TransferConfig, UserError, batch_per_rank, load
+from gaitfast.config import PretrainConfig, TransferConfig, UserError, batch_per_rank, load, zero_stage
 from gaitfast.diffusion import NoiseSchedule, loss_weights
 from gaitfast.diffusion.objective import DiffusionObjective
 from gaitfast.engine.memory import BASE, Estimate, describe, free_bytes, saved_bytes, states
@@ -86,7 +86,10 @@ def estimate(
         # Frames as float32, before and after scaling; on a GPU three maps of 64 channels at full resolution besides.
         transient += frames * 64 * 64 * (8 if device.type == "cpu" else 8 + 3 * 64 * 2)
     return Estimate(
-        states(module.parameters(), train.zero_stage, ranks), int(activations), int(transient), BASE[device.type]
+        states(module.parameters(), zero_stage(train, ranks), ranks),
+        int(activations),
+        int(transient),
+        BASE[device.type],
     )
 
 

@@ -114,6 +114,8 @@ def test_deepspeed_dict(precision, stage):
     assert derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"] * 2 == 64
     assert derived["zero_optimization"]["stage"] == stage
     assert ("torch_autocast" in derived) == (precision != "fp32")
+    alone = deepspeed_config(config, world_size=1)
+    assert alone["zero_optimization"]["stage"] == (3 if stage == 3 else 0)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("[ap]*/*.yaml")), ids=lambda path: path.stem)

@@ -352,7 +352,7 @@ class TrainingRun:
         backend = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "loader": self.loader_name,
-            "optimizer": f"deepspeed-zero{self.config.train.zero_stage}",
+            "optimizer": f"deepspeed-zero{self.engine.stage}",
             "precision": self.config.train.precision,
             **own.pop("backend", {}),
         }

@@ -49,7 +49,7 @@ class _Piece(NamedTuple):
 def _pieces(engine: ZeroEngine, rank: int) -> list[_Piece]:
     """Where this rank keeps what of the trained parameters."""
     names = {id(parameter): name for name, parameter in engine.objective.named_parameters()}
-    stage, zero = engine.config.train.zero_stage, engine.engine.optimizer
+    stage, zero = engine.stage, engine.engine.optimizer
     found = []
     if stage == 0:
         for group in engine.engine.basic_optimizer.param_groups:
@@ -86,7 +86,7 @@ def _buffers(engine: ZeroEngine) -> dict[str, torch.Tensor]:
 @contextlib.contextmanager
 def _gathered(engine: ZeroEngine, parameters: list[torch.nn.Parameter], written: bool) -> Iterator[None]:
     """Whole parameters inside, also at stage 3; with `written`, what the main rank writes there is kept by all."""
-    if engine.config.train.zero_stage < 3:
+    if engine.stage < 3:
         yield
         return
     import deepspeed
@@ -103,7 +103,7 @@ def collect(engine: ZeroEngine, world: World) -> dict[str, torch.Tensor]:
     state = engine.engine.basic_optimizer.state
     table, parts, steps = [], [], {}
     pieces = _pieces(engine, world.rank)
-    if engine.config.train.zero_stage == 0 and not world.is_main:
+    if engine.stage == 0 and not world.is_main:
         pieces = []  # every rank holds everything
     for piece in pieces:
         values = {"weights": piece.flat}
@@ -154,7 +154,7 @@ def restore(engine: ZeroEngine, tensors: dict[str, torch.Tensor], world: World) 
         raise UserError(f"the checkpoint holds another network ({', '.join(wrong[:3])}); choose another run folder")
     with torch.no_grad():
         with _gathered(engine, list(parameters.values()), written=True):
-            if engine.config.train.zero_stage < 3 or world.is_main:
+            if engine.stage < 3 or world.is_main:
                 for name, parameter in parameters.items():
                     parameter.data.copy_(tensors[f"weights/{name}"])
         for name, buffer in buffers.items():

@@ -12,7 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from gaitfast.config import OptimizerConfig, PretrainConfig, StepOptimizerConfig, TransferConfig, deepspeed_config
+from gaitfast.config import (
+    OptimizerConfig,
+    PretrainConfig,
+    StepOptimizerConfig,
+    TransferConfig,
+    deepspeed_config,
+    zero_stage,
+)
 from gaitfast.engine.norms import synchronize_norms
 from gaitfast.engine.world import World
 
@@ -90,11 +97,12 @@ class ZeroEngine:
 
         self.config = config
         self._groups = groups
+        self.stage = zero_stage(config.train, world.size)
         # DeepSpeed warns of every optimizer that is not Adam; what ZeRO does with SGD is tested here.
         deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
         if world.size > 1 or (world.device.type == "cpu" and config.train.precision == "fp32"):
             objective = synchronize_norms(objective, world.device)
-        self._copy = copy.deepcopy(objective).to(world.device) if config.train.zero_stage == 3 else None
+        self._copy = copy.deepcopy(objective).to(world.device) if self.stage == 3 else None
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective.to(world.device),
             optimizer=build_optimizer(config.optimizer, groups),
@@ -126,6 +134,9 @@ class ZeroEngine:
         """One micro-batch; DeepSpeed updates the weights after the last one of the accumulation."""
         self.engine.backward(loss)
         last = self.engine.is_gradient_accumulation_boundary()
+        if last and self.stage and self.scaler and (clip := self.config.optimizer.clip):
+            # ZeRO clips gradients while they still carry the scale of fp16, and takes that scale for 1.
+            self.engine.optimizer.clip_grad = clip * self.scaler.get_scale()
         self.engine.step()
         # ZeRO skips a step whose gradients overflowed without telling the scaler, which would never come down.
         if last and self.scaler and getattr(self.engine.optimizer, "overflow", False):
