@@ -66,16 +66,16 @@ def saved_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
     weights = {tensor.untyped_storage().data_ptr() for tensor in own}
     seen: dict[int, Tensor] = {}
 
-    def note(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()  # a saved result that keeps its graph is kept by it: neither would ever be freed
+    def note(tensor: Tensor) -> None:
+        # Nothing is left to the graph, which no backward pass will follow and which may outlive this call: a result
+        # that is saved by its own node is freed with neither.
         if tensor.untyped_storage().data_ptr() not in weights:
-            seen[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+            seen[tensor.untyped_storage().data_ptr()] = tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = forward()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
+        forward()
     total = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
-    del kept
+    seen.clear()
     return total
 
 

@@ -137,7 +137,8 @@ def _recomputed(layer: nn.Linear, x: Tensor) -> Iterator[Callable[[], Tensor]]:
 
     def pack(kept: Tensor) -> Tensor | None:
         same = found and kept.data_ptr() == found[0].data_ptr() and kept.shape == found[0].shape
-        return None if same else kept
+        # Without its graph: a result that its own node saves would keep that node, and all before it, for ever.
+        return None if same else kept.detach()
 
     def unpack(kept: Tensor | None) -> Tensor:
         if kept is not None:

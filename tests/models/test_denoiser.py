@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -218,6 +219,27 @@ def test_computing_projections_again_changes_no_bit(monkeypatch):
     again = gradients()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert all(torch.equal(a, b) for a, b in zip(again, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", ""])
+def test_a_forward_pass_that_no_backward_pass_follows_leaves_nothing(monkeypatch, backend):
+    """A result that its own node saves must not lead back to that node: the graph would hold itself for ever."""
+    monkeypatch.setenv("GAITFAST_BACKEND", backend)
+    model, results = build_denoiser(32, 16), []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.numel() >= 1000:
+                results.append(StorageWeakRef(result.untyped_storage()))
+            return result
+
+    arguments = inputs()
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *arguments)}
+    with Watched():
+        model(*arguments)
+    assert len(results) > 100
+    assert not [found for found in results if found.cdata not in own and not found.expired()]
 
 
 def test_same_seed_same_weights_and_the_global_generator_is_left_alone():
