@@ -67,8 +67,9 @@ def _walks(dataset: PackedDataset, config: PretrainConfig) -> tuple[np.ndarray, 
 
     Both other walks share the clip's view and condition (clothing, surface) where there are such walks on both sides,
     else its view, else nothing; clips with closer matches come first. The last value is the share of full matches.
+    Sequences of people without a name (protocols.known) serve as neither.
     """
-    test = dataset.split("test")
+    test = protocols.known(config.eval.protocol, dataset)
     subject, view = dataset.subject[test], dataset.view[test]
     # "nm-01" and "nm-02" are two walks in one condition: what follows the name is a number.
     condition = np.array([re.sub(r"[-_]?\d+$", "", dataset.conditions[code]) for code in dataset.condition[test]])
@@ -125,14 +126,19 @@ class Measures:
         self._pairs = self._augmented_pairs(sampling)
 
     def _augmented_pairs(self, sampling: tuple[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Subject codes (n,), s_E cut to 44 columns and s_G, uint8 (n, T, 64, 44): one pair per test sequence."""
-        count = min(_PAIRS, len(self.dataset.split("test")))
+        """Subject codes (n,), s_E cut to 44 columns and s_G, uint8 (n, T, 64, 44): one pair per test sequence.
+
+        Of people with a name (protocols.known), for two without one may be the same person.
+        """
+        known, drawn_from = protocols.known(self.protocol, self.dataset), len(self.dataset.split("test"))
+        count = min(_PAIRS * drawn_from // len(known), drawn_from)
         loader = ReferenceLoader(
             self.dataset, replace(self.config.data, split="test"), sampling=sampling, seed=self.config.seed, batch=count
         )
         batch = next(iter(loader))
-        subject = self.dataset.subject[batch.sequence.numpy()]
-        return subject, batch.clip_e[..., CUT].contiguous(), batch.clip_g
+        sequence = batch.sequence.numpy()
+        rows = np.flatnonzero(np.isin(sequence, known))[:_PAIRS]
+        return self.dataset.subject[sequence[rows]], batch.clip_e[rows][..., CUT].contiguous(), batch.clip_g[rows]
 
     @torch.no_grad()
     def features(self, objective: DiffusionObjective, clips: torch.Tensor, batch: int = 32) -> torch.Tensor:

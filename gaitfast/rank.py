@@ -137,10 +137,12 @@ def _cell(
     """Embed and rank; ranks other than the first only embed."""
     progress = not args.quiet
     started = time.perf_counter()
+    ranked = protocols.sequences(protocol, dataset)
+    numbers = protocols.submission_sequences(dataset) if args.submission else ranked
     embeddings = embed(
         model.function,
         dataset,
-        protocols.sequences(protocol, dataset),
+        numbers,
         frames_limit=args.frames_limit,
         batch_frames=args.batch_frames,
         device=process.device,
@@ -155,8 +157,9 @@ def _cell(
         return cell
     started = time.perf_counter()
     embeddings = embeddings.to(process.device)
+    scored = embeddings[torch.from_numpy(np.isin(numbers, ranked))] if args.submission else embeddings
     for metric in METRICS[args.metric]:
-        cell.results[metric] = protocols.evaluate(protocol, dataset, embeddings, metric=metric, progress=progress)
+        cell.results[metric] = protocols.evaluate(protocol, dataset, scored, metric=metric, progress=progress)
     if args.submission:
         text = protocols.grew_submission(dataset, embeddings, metric=METRICS[args.metric][0], progress=progress)
         files.write_atomically(Path(args.submission), lambda file: file.write_text(text, encoding="utf-8"))

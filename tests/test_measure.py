@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from gaitfast.config import PretrainConfig, UserError
 from gaitfast.data import packed
-from gaitfast.measure import HeldOut
+from gaitfast.engine.world import World
+from gaitfast.measure import HeldOut, Measures
 from tests.conftest import run_command
 
 
@@ -73,6 +75,23 @@ def test_without_matching_views_any_walk_serves(walkers_dataset):
     assert len(held.clip_walk) == len(dataset.split("test"))
     assert (dataset.subject[held.clip_walk] == dataset.subject[held.same_walk]).all()
     assert (dataset.subject[held.clip_walk] != dataset.subject[held.other_walk]).all()
+
+
+def test_people_without_a_name_are_left_out(tmp_path):
+    """GREW's probes share one id, so two of them are two people as a rule."""
+    frames = np.full((6, 64, 64), 255, np.uint8)
+    sequences = [(name, kind, f"{name}{kind}", frames) for name in ("00001", "00002") for kind in ("01", "02")]
+    sequences += [("probe", "03", f"v{i}", frames) for i in range(40)]
+    partition = {"TRAIN_SET": [], "TEST_SET": ["00001", "00002", "probe"]}
+    dataset = packed.write(tmp_path / "set", sequences, protocol="grew", partition=partition)
+    held = HeldOut(dataset, config(), ("unordered", 0))
+    assert len(held.clip_walk) == 4
+    walks = np.concatenate([held.clip_walk, held.same_walk, held.other_walk])
+    assert {dataset.subjects[code] for code in dataset.subject[walks]} == {"00001", "00002"}
+    measures = Measures(config(), dataset, lambda clips: clips, ("unordered", 0), World(0, 1, torch.device("cpu")))
+    subject, clips_e, clips_g = measures._pairs
+    assert sorted(dataset.subjects[code] for code in subject) == ["00001", "00001", "00002", "00002"]
+    assert clips_e.shape == clips_g.shape == (4, 4, 64, 44)
 
 
 def test_one_walk_a_person_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from gaitfast.data import packed
 from gaitfast.data.packed import PackedDataset
+from gaitfast.engine.embed import embed
 from gaitfast.engine.portable import save_backbone, save_recognizer
 from gaitfast.interop import opengait
 from gaitfast.models import build_recognizer
@@ -165,7 +166,8 @@ def test_the_submission_is_written(tmp_path, capsys):
     sequences += [("probe", "03", f"w{i}", walk(i, 1)) for i in range(2)]
     data = packed.write(tmp_path / "set", sequences, protocol="grew", partition=partition).path
     file = tmp_path / "submission.csv"
-    rank(data, tmp_path, "--mean-silhouette", "--submission", file)
+    figures = rank(data, tmp_path, "--mean-silhouette", "--submission", file)
+    assert figures["results"] == rank(few, tmp_path, "--mean-silhouette")["results"]
     rows = [line.split(",") for line in file.read_text(encoding="utf-8").splitlines()]
     assert rows[0][:2] == ["videoId", "rank1"] and [row[0] for row in rows[1:]] == ["w0", "w1"]
     assert [row[1:3] for row in rows[1:]] == [["0", "0"], ["1", "1"]] and {len(row) for row in rows} == {21}
@@ -175,6 +177,24 @@ def test_the_submission_is_written(tmp_path, capsys):
     ):
         assert run_command("rank", *wrong, "--mean-silhouette", "--submission", file, "--quiet") == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("submission", [False, True])
+def test_the_probes_of_grew_are_embedded_for_a_submission_alone(tmp_path, monkeypatch, submission):
+    sequences = [(f"{i:05d}", kind, f"v{i}{kind}", walk(3 * i, 2)) for i in range(10) for kind in ("01", "02")]
+    sequences += [("probe", "03", f"w{i}", walk(i, 2)) for i in range(7)]
+    partition = {"TRAIN_SET": [], "TEST_SET": [f"{i:05d}" for i in range(10)] + ["probe"]}
+    data = packed.write(tmp_path / "set", sequences, protocol="grew", partition=partition)
+    embedded = []
+
+    def counting(function, dataset, numbers, **options):
+        embedded.extend(numbers.tolist())
+        return embed(function, dataset, numbers, **options)
+
+    monkeypatch.setattr("gaitfast.rank.embed", counting)
+    options = ("--submission", tmp_path / "submission.csv") if submission else ()
+    rank(data.path, tmp_path, "--mean-silhouette", *options)
+    assert len(embedded) == (27 if submission else 20)
 
 
 @pytest.mark.parametrize("feature", ["auto", "feature", "embedding"])

@@ -40,6 +40,8 @@ _CASIA_TYPES = (*_CASIA_GALLERY, *(condition for group in _CASIA_PROBES.values()
 _CASIA_VIEWS = tuple(f"{angle:03d}" for angle in range(0, 181, 18))
 _OU_MVLP_TYPES = ("00", "01")
 _OU_MVLP_VIEWS = tuple(f"{angle:03d}" for angle in (*range(0, 91, 15), *range(180, 271, 15)))
+_GREW_KNOWN, _GREW_UNKNOWN = ("01", "02"), ("03",)
+"""Types of GREW's test sequences: two of each known id, and the probes, which are all filed under the id `probe`."""
 ALL_VIEWS = "all-views"
 
 
@@ -48,7 +50,7 @@ class Protocol:
     """How a dataset is evaluated."""
 
     sequences: str
-    """The split whose sequences are embedded."""
+    """The split that probes and gallery are taken from."""
     split: Callable[[Labels], dict[str, Split]]
     """Probes and gallery by name of the group; UserError where the dataset has not what the protocol needs."""
     score: Callable[[torch.Tensor, Labels, dict[str, Split], dict[str, Any]], Evaluation]
@@ -107,7 +109,7 @@ PROTOCOLS = {
     "gait3d": Protocol("test", _by_probe_set, pooled),
     "walkers": Protocol("test", _by_probe_set, pooled),
     "grew": Protocol(
-        "test", _grew, pooled, options={"ranks": (*RANKS, 20), "unmatched": "miss"}, types=("01", "02", "03")
+        "test", _grew, pooled, options={"ranks": (*RANKS, 20), "unmatched": "miss"}, types=_GREW_KNOWN + _GREW_UNKNOWN
     ),
     "casia-b": Protocol(
         "test",
@@ -161,8 +163,22 @@ def resolve(protocol: str, dataset: Any) -> str:
 
 
 def sequences(protocol: str, dataset: Any) -> np.ndarray:
-    """Numbers of the sequences to embed, int64 ascending; `evaluate` takes the embeddings in this order."""
-    return dataset.split(PROTOCOLS[resolve(protocol, dataset)].sequences)
+    """Numbers of the sequences to embed, int64 ascending: the probes and the gallery, and no other.
+
+    `evaluate` takes the embeddings in this order. UserError as `check`.
+    """
+    return _split(protocol, dataset)[1]
+
+
+def known(protocol: str, dataset: Any) -> np.ndarray:
+    """Numbers of the test sequences whose id says who walks, int64 ascending: all but GREW's probes.
+
+    `protocol`: any name, `auto` for the dataset's.
+    """
+    test = dataset.split("test")
+    if (dataset.protocol if protocol == "auto" else protocol) != "grew" or not len(test):
+        return test
+    return test[~np.isin(_labels(dataset, test).condition, _GREW_UNKNOWN)]
 
 
 def check(protocol: str, dataset: Any) -> None:
@@ -191,21 +207,37 @@ def evaluate(
         UserError: an unknown protocol, a dataset without what it needs, another number of embeddings, NaN or infinity,
             not one probe with a match, names that differ by case or padding alone.
     """
-    rule, labels, split = _split(protocol, dataset)
+    rule, numbers, labels, split = _split(protocol, dataset)
     if len(embeddings) != len(labels.subject):
         raise UserError(f"embeddings: {len(embeddings)} rows for {len(labels.subject)} sequences of {labels.source}")
     result = rule.score(embeddings, labels, split, {"metric": metric, "progress": progress}, **rule.options)
     result.notes += cautions.view_notes(labels, split, rule.views)
-    result.notes += cautions.copy_notes(dataset, sequences(protocol, dataset), split)
+    result.notes += cautions.copy_notes(dataset, numbers, split)
     return result
 
 
-def _split(protocol: str, dataset: Any) -> tuple[Protocol, Labels, dict[str, Split]]:
-    rule, labels = PROTOCOLS[resolve(protocol, dataset)], _labels(protocol, dataset)
+def _split(protocol: str, dataset: Any) -> tuple[Protocol, np.ndarray, Labels, dict[str, Split]]:
+    """The protocol, the numbers of the sequences that it ranks, their labels, and who is probe and gallery in these."""
+    rule = PROTOCOLS[resolve(protocol, dataset)]
+    numbers = dataset.split(rule.sequences)
+    labels = _labels(dataset, numbers)
+    # Of all sequences: a name in doubt may be the very reason why one is neither probe nor gallery.
     cautions.check_names(labels, rule.types, rule.views)
     split = rule.split(labels)
     rule.need(labels, split)
-    return rule, labels, split
+    used = np.unique(np.concatenate([rows for part in split.values() for rows in part]))
+    if len(used) < len(numbers):
+        numbers = numbers[used]
+        labels = _labels(dataset, numbers)
+        split = rule.split(labels)
+    return rule, numbers, labels, split
+
+
+def submission_sequences(dataset: Any) -> np.ndarray:
+    """Numbers of the sequences to embed for a submission, int64 ascending: those of `sequences("grew", dataset)`, and
+    the probes."""
+    test = dataset.split("test")
+    return test[_labels(dataset, test).of(_GREW_KNOWN + _GREW_UNKNOWN)]
 
 
 def grew_submission(dataset: Any, embeddings: torch.Tensor, *, metric: str = "cosine", progress: bool = False) -> str:
@@ -214,7 +246,7 @@ def grew_submission(dataset: Any, embeddings: torch.Tensor, *, metric: str = "co
     Ids lose their leading zeros and may repeat, rows are in the order of the dataset: OpenGait's GREW_submission.
 
     Args:
-        embeddings: (S, C, P), in the order of `sequences("grew", dataset)`.
+        embeddings: (S, C, P), in the order of `submission_sequences(dataset)`.
 
     Raises:
         UserError: no probes of type 03, fewer than 20 gallery sequences, an id that is not a number, a doubled video.
@@ -231,9 +263,10 @@ def grew_submission(dataset: Any, embeddings: torch.Tensor, *, metric: str = "co
 
 
 def check_submission(dataset: Any) -> tuple[Labels, np.ndarray, np.ndarray]:
-    """Labels, and rows of probes and gallery; UserError where the dataset cannot give a submission (see there)."""
-    labels = _labels("grew", dataset)
-    probes, gallery = labels.of(("03",)), labels.of(("01", "02"))
+    """Labels of `submission_sequences`, and their rows of probes and gallery; UserError where the dataset cannot give a
+    submission (see there)."""
+    labels = _labels(dataset, submission_sequences(dataset))
+    probes, gallery = labels.of(_GREW_UNKNOWN), labels.of(_GREW_KNOWN)
     if not len(probes) or len(gallery) < 20:
         raise UserError(
             f"{labels.source}: {len(probes)} probes of type 03, {len(gallery)} gallery sequences of types 01 and 02; "
@@ -248,8 +281,7 @@ def check_submission(dataset: Any) -> tuple[Labels, np.ndarray, np.ndarray]:
     return labels, probes, gallery
 
 
-def _labels(protocol: str, dataset: Any) -> Labels:
-    numbers = sequences(protocol, dataset)
+def _labels(dataset: Any, numbers: np.ndarray) -> Labels:
     if not len(numbers):
         raise UserError(f"{dataset.path}: no test sequence to evaluate on; prepare it with another --partition")
 

@@ -23,9 +23,9 @@ def dataset(folder, keys, protocol, *, train=(), test=None, probe=()):
     return packed.write(folder / "set", [(*key, frame) for key in keys], protocol=protocol, partition=partition)
 
 
-def keys_of(data, protocol="auto"):
-    """(id, type, view) of the sequences that a protocol embeds, in its order."""
-    numbers = protocols.sequences(protocol, data)
+def keys_of(data, protocol="auto", numbers=None):
+    """(id, type, view) of the sequences that a protocol embeds, or of `numbers`, in this order."""
+    numbers = protocols.sequences(protocol, data) if numbers is None else numbers
     return [
         (data.subjects[data.subject[i]], data.conditions[data.condition[i]], data.views[data.view[i]]) for i in numbers
     ]
@@ -65,6 +65,7 @@ def test_grew_ranks_02_against_01_and_counts_misses(tmp_path):
     keys += [("probe", "03", "v900"), ("00001", "03", "distractor")]
     data = dataset(tmp_path, keys, "grew")
     order = keys_of(data)
+    assert order == sorted(key for key in keys if key[1] != "03"), "type 03 has no part in it, so it is not embedded"
     x = noisy(order, 1)
     kind, ids = (np.array([k[i] for k in order]) for i in (1, 0))
     probe, gallery = kind == "02", kind == "01"
@@ -78,8 +79,9 @@ def test_grew_ranks_02_against_01_and_counts_misses(tmp_path):
 def test_the_grew_submission_has_the_official_form(tmp_path):
     keys = [(f"{i:05d}", t, f"v{i}{t}") for i in range(15) for t in ("01", "02")]
     keys += [("probe", "03", f"w{i}") for i in range(4)]
-    data = dataset(tmp_path, keys, "grew")
-    order = keys_of(data)
+    data = dataset(tmp_path, [*keys, ("00003", "04", "none of the three")], "grew")
+    order = keys_of(data, numbers=protocols.submission_sequences(data))
+    assert order == sorted(keys)
     x = noisy(order, 2)
     text = protocols.grew_submission(data, x, metric="euclidean")
     rows = list(csv.reader(io.StringIO(text)))
@@ -107,7 +109,17 @@ def test_the_grew_submission_has_the_official_form(tmp_path):
 def test_a_grew_submission_that_cannot_be(tmp_path, keys, message):
     data = dataset(tmp_path, keys, "grew")
     with pytest.raises(UserError, match=message):
-        protocols.grew_submission(data, noisy(keys_of(data)))
+        protocols.grew_submission(data, torch.ones(len(keys), 2, 1))
+
+
+def test_who_is_known(tmp_path):
+    """GREW's probes share one id that names nobody; everywhere else an id is a person."""
+    keys = [("00001", "01", "a"), ("00001", "02", "b"), ("probe", "03", "c"), ("probe", "03", "d")]
+    data = dataset(tmp_path, keys, "grew")
+    assert keys_of(data, numbers=protocols.known("auto", data)) == keys[:2]
+    data = dataset(tmp_path / "other", keys, "none")
+    assert keys_of(data, numbers=protocols.known("auto", data)) == keys
+    assert keys_of(data, numbers=protocols.known("grew", data)) == keys[:2]
 
 
 def casia_b(tmp_path):
@@ -174,13 +186,16 @@ def test_ou_mvlp_counts_probes_without_a_match(tmp_path):
 def test_all_views_leaves_out_the_identical_view_of_the_person(tmp_path, protocol):
     if protocol.startswith("casia"):
         data, x = casia_b(tmp_path)
+        every, used = keys_of(data), keys_of(data, protocol)
+        assert (len(every), len(used)) == (120, 72), "the other walks have no part in it"
+        x = x[[every.index(key) for key in used]]
         probes, gallery_types = {"NM": "nm-01", "BG": "bg-01", "CL": "cl-01"}, ("nm-02", "bg-02", "cl-02")
     else:
         keys = [(f"{i:05d}", t, v) for i in range(6) for t in ("00", "01") for v in ("000", "015", "090")]
         data = dataset(tmp_path, keys, "ou-mvlp")
         x = noisy(keys_of(data), 4)
         probes, gallery_types = {"": "00"}, ("01",)
-    order = keys_of(data)
+    order = keys_of(data, protocol)
     distance = oracle.distances(x, x, "cosine")
     gallery = [i for i, k in enumerate(order) if k[1] in gallery_types]
     result = protocols.evaluate(protocol, data, x)
@@ -273,6 +288,7 @@ def test_embeddings_must_fit_the_sequences(tmp_path):
 def test_all_views_stands_for_the_form_of_the_datasets_own_protocol(tmp_path):
     data, x = casia_b(tmp_path)
     assert protocols.resolve("all-views", data) == "casia-b-all-views"
+    x = x[: len(protocols.sequences("all-views", data))]
     assert protocols.evaluate("all-views", data, x) == protocols.evaluate("casia-b-all-views", data, x)
     other = dataset(tmp_path / "other", [("a", "x", "v")], "gait3d")
     with pytest.raises(UserError, match="all-views is a form of casia-b and ou-mvlp"):
@@ -304,7 +320,7 @@ def test_probes_without_one_match_are_no_zero_percent(tmp_path, protocol):
         data = dataset(tmp_path / "b", keys[:1] + keys[2:], protocol, probe=["001-p-000"])
     for attempt in (
         protocols.check,
-        lambda *a: protocols.evaluate(*a, noisy(keys_of(data))),
+        lambda *a: protocols.evaluate(*a, torch.ones(len(keys), 2, 1)),
     ):  # before the embedding too
         with pytest.raises(UserError, match=r"no probe.* has a match"):
             attempt(protocol, data)
@@ -327,6 +343,8 @@ def test_a_view_without_another_to_compare_with_is_refused(tmp_path):
         ("grew", [("00001", "1", "xA"), ("00001", "02", "XA")], "types '01' and '1'"),
         ("gait3d", [("a", "c", "seq0"), ("A", "c", "seq1")], "ids 'A' and 'a'"),
         ("usf17", [("001", "gal", "right"), ("001", "PrbA", "left")], "types 'Gal' and 'gal'"),
+        # As the third, it would be no part of the protocol, and nothing else would tell.
+        ("grew", [("00001", "01", "a"), ("00001", "02", "b"), ("00001", "2", "c")], "types '02' and '2'"),
     ],
 )
 def test_names_that_differ_by_case_or_padding_are_refused(tmp_path, protocol, keys, message):
