@@ -164,6 +164,10 @@ def identity_carried(run: Run, theme: Theme) -> Figure | None:
         return None
     figure, axes = canvas(theme, "Identity that the feature carries", "(other \N{MINUS SIGN} same) / same loss, %")
     values = 100 * series.values
+    error = run.evaluations.series("identity_error")
+    if error is not None and np.array_equal(error.steps, series.steps):
+        low, high = values - 100 * error.values, values + 100 * error.values
+        axes.fill_between(series.steps, low, high, color=theme.other, alpha=0.12, linewidth=0)
     axes.axhline(0, color=theme.muted, linewidth=0.8)
     line(axes, series.steps, values, theme.other)
     finish(axes, series.steps)
@@ -248,7 +252,7 @@ CURVES = {
             "Identity that the feature carries",
             identity_carried,
             "How much worse denoising gets when the condition comes from another person; it grows as the feature"
-            " comes to tell people apart.",
+            " comes to tell people apart. Shaded, where it was measured: the standard error over people.",
             "evaluations.jsonl: loss_other, loss_same",
         ),
         Curve(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from gaitfast.report.run import Run, Series, finite
 class Change:
     """A quantity at two points of the run; None where it was not measured. The labels say when.
 
-    kind: "percent" (shown with one decimal), "share" (of 1, shown in percent) or "number".
+    kind: "percent" (shown with one decimal), "share" (of 1, shown in percent) or "number". error: the standard error
+    of `last`, where it is known.
     """
 
     kind: str
@@ -22,6 +23,7 @@ class Change:
     last: float | None = None
     first_label: str = "before"
     last_label: str = "after"
+    error: float | None = None
 
     @property
     def known(self) -> bool:
@@ -32,11 +34,17 @@ class Change:
         return None if self.first is None or self.last is None else self.last - self.first
 
     def text(self, value: float) -> str:
-        """`value` with as many decimals as suit both ends of the change."""
+        """`value` with as many decimals as suit both ends of the change, and the error."""
         if self.kind == "percent":
             return f"{value:.1f}%"
-        scale = max(abs(end) for end in (self.first, self.last, 0.0) if end is not None)
+        scale = max(abs(end) for end in (self.first, self.last, self.error, 0.0) if end is not None)
         return f"{digits(100 * value, 2, 100 * scale)}%" if self.kind == "share" else digits(value, 3, scale)
+
+    def give_or_take(self) -> str:
+        """Plus-minus and the error, to follow the last value; empty where it is not known."""
+        if self.error is None:
+            return ""
+        return f" \N{PLUS-MINUS SIGN} {Change(self.kind, last=self.error).text(self.error)}"
 
     def verb(self, verbs: tuple[str, str, str], still: float) -> str:
         """How a known change went: up, down or, below `still`, neither: "rose from 1 to 2", "stayed at 1"."""
@@ -67,11 +75,13 @@ class Headline:
             verb = gap.verb(("opened", "closed", "stayed"), still)
             parts.append(f"the gap between negative and positive distance {verb}")
         if identity.last is not None:
-            size = identity.text(abs(identity.last))
+            size = identity.text(abs(identity.last)) + identity.give_or_take()
             side = f"{size} higher" if identity.last > 0 else f"{size} lower" if identity.last < 0 else "no higher"
             earlier = "" if identity.first is None else f" ({identity.first_label}: {identity.text(identity.first)})"
+            doubt = identity.error is not None and 0 < abs(identity.last) <= identity.error
             parts.append(
-                f"the denoising loss is {side} with another person's feature than with the same person's{earlier}"
+                f"the denoising loss is {side} with another person's feature than with the same person's"
+                f"{', which is within its standard error' * doubt}{earlier}"
             )
         if not parts:
             return ""
@@ -112,20 +122,28 @@ def ends(kind: str, series: Series | None) -> Change:
 
 def identity(run: Run) -> Series | None:
     """(loss_other - loss_same) / loss_same at each evaluation that has both, or None."""
-    rows = [r for r in run.evaluations.rows if "loss_other" in r and r.get("loss_same", 0) > 0]
+    rows = _with_both_losses(run)
     if not rows:
         return None
     shares = [(r["loss_other"] - r["loss_same"]) / r["loss_same"] for r in rows]
     return Series(np.array([r["step"] for r in rows]), np.array(shares))
 
 
+def _with_both_losses(run: Run) -> list[dict[str, float]]:
+    return [row for row in run.evaluations.rows if "loss_other" in row and row.get("loss_same", 0) > 0]
+
+
 def _identity(run: Run) -> Change:
     measured = ends("share", identity(run))
+    if measured.last is not None:
+        measured = replace(measured, error=_with_both_losses(run)[-1].get("identity_error"))
     same, other = finite(run.summary.get("loss_same")), finite(run.summary.get("loss_other"))
     if same is None or other is None or same <= 0:
         return measured
     first = measured.first if measured.first_label == "before" else None
-    return Change("share", first, (other - same) / same)
+    after = run.summary.get("after")
+    error = finite(after.get("identity_error")) if isinstance(after, dict) else None
+    return Change("share", first, (other - same) / same, error=error)
 
 
 def digits(value: float, count: int = 3, scale: float = 0.0) -> str:

@@ -140,12 +140,14 @@ def _tiles(result: Headline) -> str:
     rank1, gap, loss = result.rank1, result.gap, result.loss
     points = "" if rank1.difference is None else f"{rank1.difference:+.1f} points"
     opened = "" if gap.difference is None else f"{'+' * (gap.difference >= 0)}{gap.text(gap.difference)}"
+    error = result.identity.give_or_take().strip()
+    carried = "(other \N{MINUS SIGN} same) / same loss" + ", with its standard error" * bool(error)
     share = "" if loss.difference is None or loss.first == 0 else f"{100 * loss.difference / loss.first:+.0f}%"
     return (
         '<div class="headline">\n'
         + markup.tile("Rank-1", rank1, "unseen people, cosine", points)
         + markup.tile("Gap", gap, "negative minus positive distance", opened)
-        + markup.tile("Identity carried", result.identity, "(other \N{MINUS SIGN} same) / same loss")
+        + markup.tile("Identity carried", result.identity, carried, error)
         + markup.tile("Training loss", loss, "first and last logged step", share)
         + "</div>\n"
     )
@@ -302,5 +304,6 @@ def _lines(result: Headline, stage: str) -> Iterator[tuple[str, str]]:
     unsupervised = (("gap", result.gap), ("other over same", result.identity)) if stage == "pretraining" else ()
     for label, change in (("rank-1", result.rank1), *unsupervised, ("training loss", result.loss)):
         ends = ((change.first, change.first_label), (change.last, change.last_label))
-        values = [f"{change.text(value)} ({when})" for value, when in ends if value is not None]
+        errors = ("", change.give_or_take())
+        values = [f"{change.text(v)}{error} ({when})" for (v, when), error in zip(ends, errors) if v is not None]
         yield label, " -> ".join(values) or "not measured yet"

@@ -25,7 +25,7 @@ METRICS = (
 EVALUATIONS = (
     *("rank1", "rank5", "rank10", "mAP", "mINP", "rank1_euclidean"),
     *("distance_positive", "distance_negative", "gap"),
-    *("loss_self", "loss_same", "loss_other", "loss_null", "seconds"),
+    *("loss_self", "loss_same", "loss_other", "loss_null", "identity", "identity_error", "seconds"),
 )
 SUMMARY = (
     *("rank1_before", "rank1_after", "gap_before", "gap_after"),

@@ -128,6 +128,8 @@ def evaluations(rng: np.random.Generator, steps: int = STEPS) -> list[dict]:
                 "loss_same": level * (1 - 0.012 * done),
                 "loss_other": level * (1 + 0.013 * done),
                 "loss_null": level * (1 + 0.006 * done),
+                "identity": 0.025 * done / (1 - 0.012 * done),
+                "identity_error": 0.0004 + 0.002 * done,
                 "seconds": 0.16 * step,
             }
         )

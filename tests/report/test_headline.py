@@ -44,6 +44,38 @@ def test_identity_needs_both_losses(tmp_path, missing):
     assert not headline(read_run(tmp_path)).identity.known
 
 
+@pytest.mark.parametrize(
+    ("other", "error", "told"),
+    [
+        (0.500155, 0.0009, "0.031% ± 0.090% higher|, which"),
+        (0.499845, 0.0009, "0.031% ± 0.090% lower|, which"),
+        (0.512, 0.0009, "2.4% ± 0.090% higher| (before: 0.0%)"),
+        (0.5, 0.0009, "no higher| (before: 0.000%)"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_difference_between_people_comes_with_its_error(tmp_path, other, error, told, finished):
+    rows = [{"step": 0, "loss_same": 0.6, "loss_other": 0.6, "identity_error": 0.5}]
+    rows.append({"step": 50, "loss_same": 0.5, "loss_other": other, "identity_error": error})
+    write_lines(tmp_path / "evaluations.jsonl", rows)
+    if finished:
+        summary = {"loss_same": 0.5, "loss_other": other, "after": rows[1]}
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+    result = headline(read_run(tmp_path))
+    assert result.identity.error == error
+    sentence = result.sentence()
+    assert told.replace("|", " with another person's feature than with the same person's") in sentence
+    assert ("which is within its standard error (before" in sentence) == told.endswith("which")
+
+
+def test_the_error_belongs_to_the_last_value(tmp_path):
+    row = {"step": 0, "loss_same": 0.6, "loss_other": 0.6, "identity_error": 0.5}
+    write_lines(tmp_path / "evaluations.jsonl", [row])
+    assert headline(read_run(tmp_path)).identity.error is None
+    (tmp_path / "summary.json").write_text(json.dumps({"loss_same": 0.5, "loss_other": 0.6, "after": "nothing"}))
+    assert headline(read_run(tmp_path)).identity.error is None
+
+
 def test_sentence_tells_losses_too(tmp_path):
     ends = {"rank1_before": 61.0, "rank1_after": 34.0, "gap_before": 0.1, "gap_after": 0.05}
     (tmp_path / "summary.json").write_text(json.dumps({**ends, "loss_same": 0.5, "loss_other": 0.499}))

@@ -111,6 +111,10 @@ def test_page_tells_the_headline_and_every_section(report):
     ):
         assert part in text
     assert "nothing to draw" not in text and "No pictures" not in text and "Not everything could be read" not in text
+    error = report.headline.identity.give_or_take().strip()
+    assert re.fullmatch(r"\u00b1 0\.\d+%", error)
+    assert f"{error}(other \N{MINUS SIGN} same) / same loss, with its standard error" in text
+    assert "identity_error" in text
     assert "backend.denoiser" in text and "4.5 GiB" in text and "17 min 23 s" in text
 
 
@@ -189,6 +193,7 @@ def test_command_prints_page_and_headline(tmp_path, capsys):
     assert lines["report"] == str(tmp_path / "out" / "index.html") and Path(lines["report"]).exists()
     assert re.fullmatch(r"[\d.]+% \(before\) -> [\d.]+% \(after\)", lines["rank-1"])
     assert lines["gap"] == "0.007 (before) -> 0.138 (after)"
+    assert re.search(r"other over same +0\.0% \(before\) -> [\d.]+% \u00b1 0\.\d+% \(after\)\n", printed.out)
     assert "evaluations.jsonl, line 14: not valid JSON" in printed.err
 
 
