@@ -1,4 +1,4 @@
-"""What a run will need before it starts: memory of one process, from the config alone.
+"""What a run will need before it starts: memory of one process, from the config and, for transfer, the dataset's index.
 
 Weights, gradients and moments are counted. What the forward pass keeps for the backward pass is measured: two and three
 clips go through the networks as they are, with the operations of this machine, and the rest is in proportion.
@@ -7,16 +7,25 @@ clips go through the networks as they are, with the operations of this machine, 
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
-from gaitfast.config import PretrainConfig, TransferConfig, UserError, batch_per_rank, load, zero_stage
+from gaitfast.config import PretrainConfig, TransferConfig, batch_per_rank, load, to_dict, zero_stage
+from gaitfast.data.packed import PackedDataset
+from gaitfast.data.sampling import PeopleSampler
 from gaitfast.diffusion import NoiseSchedule, loss_weights
 from gaitfast.diffusion.objective import DiffusionObjective
 from gaitfast.engine.memory import BASE, Estimate, describe, free_bytes, saved_bytes, states
+from gaitfast.interop.opengait import TRAINING_IDENTITIES
 from gaitfast.models import build_denoiser, build_recognizer
 from gaitfast.models.recognizer import Recognizer
+from gaitfast.recognition import RecognitionObjective
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BACKWARD = 0.35
@@ -93,8 +102,11 @@ def estimate(
     )
 
 
-def ways(config: PretrainConfig | TransferConfig, needed: Estimate, ranks: int) -> dict[str, int]:
-    """Settings that need less -> bytes: more accumulation where there is such a thing, more ranks, fewer frames."""
+def ways(config: PretrainConfig | TransferConfig, needed: Estimate, device: torch.device, ranks: int) -> dict[str, int]:
+    """Settings that need less -> bytes: more accumulation where there is such a thing, more ranks, fewer frames.
+
+    More ranks are no way on a CPU, whose memory they share.
+    """
     moving = needed.activations + needed.transient
     fixed = needed.base + needed.states
     found: dict[str, int] = {}
@@ -105,7 +117,8 @@ def ways(config: PretrainConfig | TransferConfig, needed: Estimate, ranks: int) 
         size = fixed + moving // factor
         if isinstance(config, PretrainConfig):
             found[f"train.accumulation={config.train.accumulation * factor}"] = size
-        found[f"{ranks * factor} ranks"] = size
+        if device.type != "cpu":
+            found[f"{ranks * factor} ranks"] = size
     if config.data.frames > 15:
         found["data.frames=15"] = fixed + moving * 15 // config.data.frames
     return found
@@ -124,22 +137,59 @@ def report(
         free //= ranks
     free += needed.base + 4 * sum(p.numel() for p in module.parameters())
     sequences = config.train.sequences
-    return needed.total <= free, describe(needed, free, sequences, ways(config, needed, ranks))
+    return needed.total <= free, describe(needed, free, sequences, ways(config, needed, device, ranks))
 
 
-def on_paper(file: str, ranks: int = 1) -> tuple[bool, str]:
-    """`report` for a config file alone, on this machine's best device. UserError if it is neither stage's config."""
+def stage(file: str, overrides: Sequence[str] = ()) -> type[PretrainConfig] | type[TransferConfig]:
+    """Whose config a file is: the stage that knows more of its keys, and of the overrides'."""
     try:
-        config: PretrainConfig | TransferConfig = load(PretrainConfig, file)
-    except UserError as error:
-        try:
-            config = load(TransferConfig, file)
-        except UserError:
-            raise error from None
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return PretrainConfig  # `load` says what is wrong with it
+    found = dict(_entries(tree))
+    for key, _, value in (text.partition("=") for text in overrides):
+        found |= dict.fromkeys(itertools.accumulate(key.split("."), "{}.{}".format), value)
+    pretrain, transfer = (dict(_entries(to_dict(config()))) for config in (PretrainConfig, TransferConfig))
+    votes = sum((key in transfer) - (key in pretrain) for key in found)
+    votes += str(found.get("train.batch", "")).lstrip().startswith("[")  # people x sequences
+    return TransferConfig if votes > 0 else PretrainConfig
+
+
+def _entries(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every section and value of a nested dict."""
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        yield f"{prefix}{name}", value
+        yield from _entries(value, f"{prefix}{name}.")
+
+
+def transfer_recognizer(config: TransferConfig) -> tuple[Recognizer, str]:
+    """The network that transfer trains, on the CPU, its backbone frozen where it will be; and what had to be assumed.
+
+    The classes are the dataset's where it is there, else the published training set's that the variant is named after.
+    """
+    data, backbone = config.data, config.backbone
+    classes, assumed = None, ""
+    if config.identity.weight and data.path and Path(data.path).exists():
+        dataset = PackedDataset.open(data.path, corrupt=data.corrupt)
+        split = dataset.split(data.split)
+        sampler = PeopleSampler(
+            dataset.starts, dataset.subject, split, data, seed=config.seed, batch=config.train.batch
+        )
+        classes = sampler.num_classes
+    elif config.identity.weight:
+        known = (number for name, number in TRAINING_IDENTITIES.items() if backbone.variant.startswith(name))
+        classes = next(known, None)
+        assumed = f"the dataset is not there: {classes or 'no'} classes assumed"
+    recognizer = build_recognizer(backbone.name, backbone.variant, classes, width=backbone.width)
+    return RecognitionObjective(recognizer, freeze=config.transfer.freeze).recognizer, assumed
+
+
+def on_paper(file: str, overrides: Sequence[str] = (), ranks: int = 1) -> tuple[bool, str]:
+    """`report` for a config file and `--set` overrides, on this machine's best device. UserError for a bad config."""
+    config = load(stage(file, overrides), file, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(config, PretrainConfig):
-        module: nn.Module = pretraining_objective(config)[1]
-    else:
-        backbone = config.backbone
-        module = build_recognizer(backbone.name, backbone.variant, width=backbone.width)
-    return report(config, module.to(device), device, ranks)
+    module, assumed = (
+        (pretraining_objective(config)[1], "") if isinstance(config, PretrainConfig) else transfer_recognizer(config)
+    )
+    fits, line = report(config, module.to(device), device, ranks)
+    return fits, f"{line} ({assumed})" if assumed else line

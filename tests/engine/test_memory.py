@@ -4,13 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gaitfast import needs
-from gaitfast.config import PretrainConfig, TransferConfig, load
+from gaitfast.config import PretrainConfig, TransferConfig, UserError, load
+from gaitfast.data.packed import PackedDataset
 from gaitfast.engine.memory import Estimate, describe, saved_bytes, states
+from gaitfast.models import build_recognizer
 
 ROOT = Path(needs.__file__).resolve().parents[1]
 GIB = 2**30
@@ -30,6 +33,14 @@ def test_a_run_that_does_not_fit_names_the_ways_that_do():
         "too much; fits 3 ways: train.accumulation=2 (12.0 GiB), 2 ranks (13.0 GiB), data.frames=15 (12.0 GiB)"
     )
     assert "not enough" in describe(NEEDED, 2 * GIB, 64, ways)
+
+
+def test_more_ranks_are_a_way_only_where_each_has_its_own_memory():
+    found = {kind: needs.ways(PretrainConfig(), NEEDED, torch.device(kind), 2) for kind in ("cpu", "cuda")}
+    half = 2 * GIB + 21 * GIB // 2
+    assert found["cpu"]["train.accumulation=2"] == half and found["cpu"]["data.frames=15"] == half
+    assert not any("ranks" in setting for setting in found["cpu"])
+    assert found["cuda"]["4 ranks"] == half and found["cpu"].items() <= found["cuda"].items()
 
 
 def test_each_stage_of_zero_divides_more():
@@ -87,6 +98,88 @@ def test_a_transfer_config_too(tmp_path):
     load(TransferConfig, file)
     fits, line = needs.on_paper(str(file))
     assert fits and "at batch 4" in line
+
+
+TRANSFER = "transfer: {ratio: 0.5}\nbackbone: {width: 0.125}\ndata: {frames: 4}\ntrain: {batch: [2, 2]}\n"
+
+
+@pytest.fixture
+def estimated(tmp_path, monkeypatch):
+    """Overrides of a small transfer config -> the network that its estimate is about, and what the line ends in."""
+
+    def look(*overrides: str) -> tuple[torch.nn.Module, str]:
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(needs, "report", lambda config, module, *others: seen.append(module) or (True, "line"))
+            _, line = needs.on_paper(str(file), overrides)
+        return seen[0], line
+
+    file = tmp_path / "c.yaml"
+    file.write_text(TRANSFER)
+    return look
+
+
+def shapes(module: torch.nn.Module) -> list[torch.Size]:
+    return [value.shape for value in module.state_dict().values()]
+
+
+def test_transfer_has_a_classifier_for_the_people_of_the_dataset(estimated, walkers_dataset):
+    dataset = PackedDataset.open(walkers_dataset)
+    people = len(np.unique(dataset.subject[dataset.split("train")]))
+    module, line = estimated(f"data.path={walkers_dataset}")
+    assert shapes(module) == shapes(build_recognizer("smplgait", "gait3d", people, width=0.125))
+    assert line == "line"
+    module, _ = estimated(f"data.path={walkers_dataset}", "identity.weight=0")
+    assert shapes(module) == shapes(build_recognizer("smplgait", "gait3d", width=0.125))
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "classes"), [("smplgait", "gait3d", 3000), ("gaitgl", "grew-bnneck", 20000)]
+)
+def test_without_the_dataset_the_published_number_of_people_is_taken(estimated, name, variant, classes):
+    module, line = estimated(f"backbone.name={name}", f"backbone.variant={variant}", "data.path=nowhere")
+    assert shapes(module) == shapes(build_recognizer(name, variant, classes, width=0.125))
+    assert line == f"line (the dataset is not there: {classes} classes assumed)"
+
+
+def test_a_frozen_backbone_has_neither_gradients_nor_activations(estimated, tmp_path):
+    config = load(TransferConfig, tmp_path / "c.yaml")
+    whole, frozen = (
+        needs.estimate(config, estimated("identity.weight=0", f"transfer.freeze={freeze}")[0], torch.device("cpu"))
+        for freeze in ("false", "true")
+    )
+    backbone = sum(p.numel() for p in estimated()[0].backbone.parameters())
+    assert whole.states - frozen.states == 12 * backbone  # gradient and two moments
+    assert frozen.activations < whole.activations / 10
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("transfer: {raito: 0.5}", (), "transfer.raito: unknown key; did you mean transfer.ratio?"),
+        ("transfer: {ratio: 0}", (), r"transfer.ratio: lies in \(0, 100\]"),
+        ("triplet: {margin: -1}", (), "triplet.margin: must not be negative"),
+        ("identity: {weight: 1}\nbackbone: {name: gaitsett}", (), "backbone.name: is one of"),
+        ("trian: {}\ntrain: {batch: [8, 4]}", (), "trian: unknown key; did you mean train?"),
+        ("optimizer: {lr: -1}", (), "optimizer.lr: must not be negative"),
+        ("train: {batch: [1, 4]}", (), "train.batch: needs at least 2 people"),
+        ("seed: 0", ("transfer.raito=1",), "transfer.raito: unknown key"),
+        ("seed: 0", ("train.batch=[1, 4]",), "train.batch: needs at least 2 people"),
+        ("transfer: {ratio: 0.5}", ("train.batch=8",), "train.batch: needs 2 values, got 8"),
+        ("denoiser: {dim: 33}", (), "denoiser.dim: must be a multiple of 32"),
+        ("denoiser: {dim: 32}\ntrain: {batch: [8, 4]}", (), "train.batch: expected int"),
+        ("train: {batch: 0}", (), "train.batch: must be positive"),
+        ("[1, 2]", (), "the top level must be keys and values"),
+        ("a: [", (), "not valid YAML"),
+    ],
+)
+def test_a_mistake_is_that_of_the_stage_whose_keys_the_file_has(text, overrides, message, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text + "\n")
+    with pytest.raises(UserError, match=message):
+        needs.on_paper(str(file), overrides)
+    with pytest.raises(UserError, match="no such config file"):
+        needs.on_paper(str(tmp_path / "other.yaml"))
 
 
 PROGRAM = """
