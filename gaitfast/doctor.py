@@ -18,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gaitfast
@@ -51,7 +52,7 @@ class Package:
 PACKAGES = (
     Package("torch", "2.6", "torch", "models, training"),
     Package("deepspeed", "0.16", "deepspeed", "ZeRO, launcher"),
-    Package("nvidia-dali-cuda130", "1.50", "nvidia.dali", "loading and augmentation"),
+    Package("nvidia-dali-cuda130", "1.50", "nvidia.dali", "loading, on a GPU or without the extension"),
     Package("einops", "0.7", "einops", "training"),
     Package("numpy", "1.26", "numpy", "data"),
     Package("safetensors", "0.4", "safetensors", "datasets, weights"),
@@ -112,7 +113,8 @@ def _import_error(module: str) -> str:
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
 
 
-def _packages(thorough: bool) -> list[Check]:
+def _packages(thorough: bool, engine: str = "") -> list[Check]:
+    """`engine`: what data.engine=auto takes here, where that is known."""
     version = platform.python_version()
     old, new = sys.version_info < (3, 10), sys.version_info >= (3, 13)
     state = MISSING if old else CHECK if new else OK
@@ -120,6 +122,8 @@ def _packages(thorough: bool) -> list[Check]:
         Check("python", state, f"{version} (3.10 to 3.12)", "use Python 3.10, 3.11 or 3.12" if state != OK else "")
     ]
     for package in PACKAGES:
+        if package.module == "nvidia.dali" and engine == "compiled":
+            package = replace(package, needed=False, purpose="data.engine=dali; auto does without it here")
         wanted = f">={package.lowest}" if package.lowest else ""
         install = f"pip install '{package.name}{wanted}'"
         absent = MISSING if package.needed else OPTIONAL
@@ -273,23 +277,49 @@ def _ops(torch: Any) -> list[Check]:
     if "denoiser_instructions" in compiled:
         level = torch.ops.gaitfast.denoiser_instructions()
         checks.append(Check("denoiser on a CPU", OK, f"{level:<10} instructions; GAITFAST_CPU caps them"))
-    for name, operators, plain in (
-        ("frame decoding", {"inflate_frames", "chunk_crc32"}, "lz4"),
-        ("clip augmentation", {"augment_clips"}, "DALI"),
-        ("retrieval", {"search_gallery", "count_before"}, "pytorch"),
-    ):
-        if operators <= compiled.keys():
-            devices = " and ".join(sorted(set.intersection(*(compiled[o] for o in operators))))
-            checks.append(Check(name, OK, f"{'compiled':<10} gaitfast._C has it for {devices}"))
-        else:
-            checks.append(Check(name, OK, f"{plain:<10} gaitfast._C does not have it"))
-    if "plane_type" in compiled:
+    decoders = [compiled.get(name, set()) for name in ("inflate_frames", "chunk_crc32")]
+    if devices := " and ".join(sorted(set.intersection(*decoders))):
+        checks.append(Check("frame decoding", OK, f"{'compiled':<10} gaitfast._C has it for {devices}"))
+    else:
+        checks.append(Check("frame decoding", OK, f"{'lz4':<10} gaitfast._C does not have it"))
+    engine, reason = _engine(torch)
+    checks.append(Check("data.engine=auto", OK if engine else CHECK, f"{engine:<10} {reason}".strip()))
+    return [*checks, *_retrieval(torch, "plane_type" in compiled)]
+
+
+def _best_device(torch: Any) -> Any:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _engine(torch: Any) -> tuple[str, str]:
+    """(what data.engine=auto takes on this machine's best device, the reason); ("", why nobody knows)."""
+    if torch is None:
+        return "", "unknown without torch"
+    device = _best_device(torch)
+    try:
+        built = importlib.import_module("gaitfast.data.codec").compiled()
+        resolve = importlib.import_module("gaitfast.data.pipeline").resolve_engine
+        engine = resolve("auto", SimpleNamespace(compiled=built), device)
+    except Exception as error:  # a dependency is missing, or the extension does not load
+        return "", f"{error.__class__.__name__}: {error}"
+    if device.type == "cuda":
+        return engine, "a CUDA device is visible"
+    return engine, "no CUDA device, and gaitfast._C " + ("is faster than DALI on a CPU" if built else "is not there")
+
+
+def _retrieval(torch: Any, filtered: bool) -> list[Check]:
+    """`filtered`: whether the compiled operators can say what they filter by."""
+    try:
+        backends = importlib.import_module("gaitfast.retrieval._backends")
+        backend, reason = backends.backend_of(_best_device(torch), torch.float32)
+    except Exception as error:  # a forced backend that is not there, or an extension that does not load
+        return [Check("retrieval", CHECK, f"{error.__class__.__name__}: {error}")]
+    checks = [Check("retrieval", OK, f"{backend:<10} {reason}")]
+    if filtered and backend == "compiled":
         kind = torch.ops.gaitfast.plane_type()
         with_ = {"int8": "AMX", "int16": "AVX-512 VNNI"}
         why = f"{with_[kind]} is here" if kind in with_ else "no AMX or AVX-512 VNNI here, or GAITFAST_CPU forbids them"
         checks.append(Check("retrieval filter", OK, f"{kind:<10} {why}"))
-    device = "gpu" if torch.cuda.is_available() else "cpu"
-    checks.append(Check("DALI pipeline", OK, f"{device:<10} {'a' if device == 'gpu' else 'no'} CUDA device is visible"))
     return checks
 
 
@@ -332,23 +362,25 @@ def _files() -> list[Check]:
     return [*checks, Check("chromium", OK, browser) if browser else absent]
 
 
-def _needs(file: str) -> list[Check]:
-    """The memory of a run with this config, on this machine."""
+def _needs(file: str, overrides: Sequence[str], ranks: int) -> list[Check]:
+    """The memory that each process of a run with this config needs, on this machine."""
     from gaitfast import needs
     from gaitfast.config import UserError
 
     try:
-        fits, line = needs.on_paper(file)
+        fits, line = needs.on_paper(file, overrides, ranks)
     except UserError as error:
         return [Check("memory", MISSING, str(error))]
     return [Check("memory", OK if fits else CHECK, line)]
 
 
-def examine(thorough: bool = False, config: str | None = None) -> dict[str, list[Check]]:
+def examine(
+    thorough: bool = False, config: str | None = None, overrides: Sequence[str] = (), ranks: int = 1
+) -> dict[str, list[Check]]:
     """Every check, by section. A check that fails itself becomes a line that says so."""
     torch, broken = _torch()
     sections: dict[str, Callable[[], list[Check]]] = {
-        "software": lambda: _packages(thorough),
+        "software": lambda: _packages(thorough, _engine(torch)[0]),
         "machine": lambda: [*_machine(), *_accelerators(torch)],
         "compiled extension": lambda: _extension(torch),
         "backends": lambda: _ops(torch),
@@ -356,7 +388,8 @@ def examine(thorough: bool = False, config: str | None = None) -> dict[str, list
         "files and tools": _files,
     }
     if config:
-        sections[f"a run of {config}"] = lambda: _needs(config)
+        run = f"a run of {' '.join((config, *overrides))}" + (f", each of {ranks} processes" if ranks > 1 else "")
+        sections[run] = lambda: _needs(config, overrides, ranks)
     result = {}
     for title, check in sections.items():
         try:
@@ -396,10 +429,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--thorough", action="store_true", help="import every package for real (slower)")
     parser.add_argument("--config", metavar="FILE", help="also say what memory a run with this config needs")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value of FILE, as in pretrain",
+    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes that share the run of FILE (default: 1)")
+
+
+def _mistake(args: argparse.Namespace) -> str:
+    """What is wrong with the command line, or nothing."""
+    if args.ranks is not None and args.ranks < 1:
+        return f"--ranks: must be positive, got {args.ranks}"
+    alone = "--set" if args.set else "--ranks" if args.ranks else ""
+    return f"{alone}: say which run with --config FILE" if alone and not args.config else ""
 
 
 def main(args: argparse.Namespace) -> int:
-    sections = examine(args.thorough, args.config)
+    if mistake := _mistake(args):  # no UserError: that takes yaml, and this may be a bare Python
+        print(f"gaitfast: error: {mistake}", file=sys.stderr)
+        return 2
+    sections = examine(args.thorough, args.config, args.set, args.ranks or 1)
     healthy = ready(sections)
     if args.json:
         plain = {title: [asdict(check) for check in checks] for title, checks in sections.items()}

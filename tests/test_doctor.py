@@ -185,3 +185,89 @@ def test_command_line():
     doctor.configure(parser)
     args = parser.parse_args(["--json"])
     assert args.json and not args.thorough
+    args = parser.parse_args(["--config", "F", "--set", "a=1", "--set", "b=2", "--ranks", "3"])
+    assert args.set == ["a=1", "b=2"] and args.ranks == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "train.batch=8"], "--set: say which run with --config FILE"),
+        (["--ranks", "2"], "--ranks: say which run with --config FILE"),
+        (["--ranks", "0", "--config", "F"], "--ranks: must be positive, got 0"),
+        (["--ranks", "-1"], "--ranks: must be positive, got -1"),
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("-S", "-E", "-s")], ids=["", "bare"])
+def test_mistakes_on_the_command_line_are_one_line(arguments, message, flags):
+    done = run(*arguments, flags=flags)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"gaitfast: error: {message}\n")
+
+
+def test_overrides_and_ranks_reach_the_estimate(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("backbone: {width: 0.125}\ndenoiser: {dim: 32}\ndata: {frames: 30}\ntrain: {batch: 64}\n")
+
+    def section(overrides: list[str], ranks: int) -> tuple[str, str]:
+        title, (check,) = list(doctor.examine(False, str(file), overrides, ranks).items())[-1]
+        return title, check.detail
+
+    def activations(detail: str) -> float:
+        return float(re.search(r"activations ([\d.]+)", detail).group(1))
+
+    title, whole = section([], 1)
+    assert title == f"a run of {file}" and "at batch 64" in whole and activations(whole) > 0.5
+    title, less = section(["train.accumulation=2", "data.prefetch=1"], 2)
+    assert title == f"a run of {file} train.accumulation=2 data.prefetch=1, each of 2 processes"
+    assert activations(whole) / activations(less) == pytest.approx(4, rel=0.25)  # of figures with one decimal
+    assert "train.batch: 64 does not divide by 3 ranks" in section([], 3)[1]
+    assert "data.framez: unknown key" in section(["data.framez=3"], 1)[1]
+
+
+def extension_is_built() -> bool:
+    from gaitfast.data import codec
+
+    return codec.compiled()
+
+
+def test_retrieval_is_what_a_search_would_take(here):
+    import torch
+
+    from gaitfast.retrieval import _backends
+
+    backend, _ = _backends.backend_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    assert states(here)["retrieval"]["detail"].startswith(backend)
+    forced = states(run("--json", GAITFAST_BACKEND="reference"))
+    assert forced["retrieval"]["detail"] == "reference  forced by GAITFAST_BACKEND"
+    assert "retrieval filter" not in forced
+
+
+@pytest.mark.parametrize(
+    ("cuda", "built", "engine"),
+    [(False, True, "compiled"), (False, False, "dali"), (True, True, "dali"), (True, False, "dali")],
+)
+def test_dali_is_missing_only_where_auto_takes_it(cuda, built, engine, monkeypatch):
+    import torch
+
+    from gaitfast.data import codec
+
+    installed = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda p: None if p.module == "nvidia.dali" else installed(p))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(codec, "compiled", lambda: built)
+    sections = doctor.examine()
+    found = {check.name: check for checks in sections.values() for check in checks}
+    assert found["nvidia-dali-cuda130"].state == ("optional" if engine == "compiled" else "missing")
+    assert found["nvidia-dali-cuda130"].remedy.startswith("pip install 'nvidia-dali-cuda130")
+    if not cuda:  # this machine has no CUDA for the other sections to ask about
+        assert found["data.engine=auto"].detail.startswith(engine)
+        assert doctor.ready(sections) == (engine == "compiled")
+
+
+@pytest.mark.skipif(not extension_is_built(), reason="the extension is not built")
+def test_the_engine_that_auto_takes_on_a_cpu_with_the_extension(here):
+    import torch
+
+    detail = states(here)["data.engine=auto"]["detail"]
+    assert "DALI pipeline" not in states(here)
+    assert detail.startswith("dali" if torch.cuda.is_available() else "compiled")
