@@ -12,6 +12,7 @@ import gaitfast  # noqa: F401 (before torch: it settles how the threads wait)
 
 # isort: split
 import argparse
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -62,10 +63,15 @@ def initialize_from(recognizer: Recognizer, config: TransferConfig) -> None:
 
     UserError for a file that holds another network than the recognizer's backbone.
     """
+    if config.transfer.init in INITIALIZATIONS:
+        initialize(recognizer, config.transfer.init, config.seed)
+    else:
+        recognizer.backbone.load_state_dict(_pretrained(recognizer, config))
+
+
+def _pretrained(recognizer: Recognizer, config: TransferConfig) -> dict[str, torch.Tensor]:
+    """The weights of the backbone in the file `transfer.init`. UserError as `initialize_from`."""
     init, ours = config.transfer.init, config.backbone
-    if init in INITIALIZATIONS:
-        initialize(recognizer, init, config.seed)
-        return
     if not Path(init).suffix and not Path(init).exists():
         raise UserError(f"transfer.init: {init!r} is neither a file nor one of {', '.join(INITIALIZATIONS)}")
     file = read_model(init, "backbone", model=ours if is_pytorch(init) else None)
@@ -76,7 +82,35 @@ def initialize_from(recognizer: Recognizer, config: TransferConfig) -> None:
             f"{init}: holds {describe_model(file.config)}, this run trains {describe_model(ours)}; "
             "set backbone.name, backbone.variant and backbone.width to the file's"
         )
-    recognizer.backbone.load_state_dict(weights)
+    return weights
+
+
+def origin(recognizer: Recognizer, config: TransferConfig) -> str | None:
+    """Digest of the backbone in `transfer.init`; None where its weights are drawn, or the file is gone.
+
+    Of the weights, not of the file's bytes: a finished pretraining run that is started again writes the same backbone
+    with its metadata in another order.
+    """
+    init = config.transfer.init
+    if init in INITIALIZATIONS or not Path(init).exists():
+        return None
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(_pretrained(recognizer, config).items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def require_same_origin(theirs: str | None, recognizer: Recognizer, config: TransferConfig) -> None:
+    """UserError if `transfer.init` holds another backbone than the one that a run with `origin` `theirs` began with.
+
+    A file that is gone is no hindrance: checkpoints hold all that is needed.
+    """
+    if theirs and (ours := origin(recognizer, config)) and ours != theirs:
+        raise UserError(
+            f"{config.transfer.init}: differs from the file that this run began with; "
+            "restore that one, or choose another folder with --set run=FOLDER"
+        )
 
 
 class Transfer(TrainingRun):
@@ -109,8 +143,11 @@ class Transfer(TrainingRun):
         )
         if self.classes and recognizer.state_dict().keys() == self.ranker.state_dict().keys():
             raise UserError(f"identity.weight: {backbone.name} has no classifier; set identity.weight=0")
-        if not self.found:
+        if self.found:
+            process.agree(lambda: require_same_origin(self.origin, recognizer, config))
+        else:
             initialize_from(recognizer, config)
+            self.origin = process.agree(lambda: origin(recognizer, config))
         objective = RecognitionObjective(
             recognizer.train(),
             triplet_weight=config.triplet.weight,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from gaitfast.engine.zero import milestones, stepped_factor
 from gaitfast.interop import opengait
 from gaitfast.models import build_recognizer
 from gaitfast.models.recognizer import initialize
-from gaitfast.transfer import groups, initialize_from
+from gaitfast.transfer import groups, initialize_from, origin, require_same_origin
 from tests.conftest import run_command
 from tests.data.silhouettes import walk
 
@@ -93,6 +94,30 @@ def test_the_backbone_of_another_network_is_refused(tmp_path, name, width, messa
         initialize_from(recognizer, config_with(tmp_path, "transfer.init=xavier"))
     with pytest.raises(UserError, match="no such checkpoint"):
         initialize_from(recognizer, config_with(tmp_path, "transfer.init=absent.safetensors"))
+
+
+def saved_backbone(path, seed, **metadata):
+    section = {"name": "smplgait", "variant": "gait3d", "width": 0.125}
+    backbone = build_recognizer(*list(section.values())[:2], width=0.125, seed=seed).backbone
+    save_backbone(path, backbone, {"config": {"backbone": section}, **metadata})
+
+
+def test_a_run_goes_on_from_the_file_that_it_began_with_alone(tmp_path):
+    path = tmp_path / "backbone.safetensors"
+    config = config_with(tmp_path, f"transfer.init={path}")
+    recognizer = build_recognizer("smplgait", "gait3d", 5, width=0.125, seed=0)
+    saved_backbone(path, 8)
+    began = origin(recognizer, config)
+    require_same_origin(began, recognizer, config)
+    saved_backbone(path, 8, step=40)  # what pretraining writes when it is started once more
+    require_same_origin(began, recognizer, config)
+    saved_backbone(path, 9)
+    with pytest.raises(UserError, match=r"backbone\.safetensors: differs from the file that this run began with"):
+        require_same_origin(began, recognizer, config)
+    require_same_origin(None, recognizer, config)  # a checkpoint of a version that did not note it
+    path.unlink()
+    require_same_origin(began, recognizer, config)
+    assert origin(recognizer, config_with(tmp_path, "transfer.init=he")) is None
 
 
 # --- learning rates ---------------------------------------------------------------------------------------------------
@@ -253,6 +278,25 @@ def test_a_frozen_backbone_leaves_the_run_as_it_came(undisturbed, runner):
     for name, value in before.state_dict().items():
         assert torch.equal(backbone.state_dict()[name], value), name
     assert "lr_backbone" not in runner.rows("frozen")[0]
+
+
+@pytest.mark.slow
+def test_another_file_to_begin_with_is_refused_in_the_same_folder(undisturbed, runner, tmp_path):
+    """Whether the run is finished or not; one that is gone is not missed."""
+    source, init = undisturbed / "backbone.safetensors", tmp_path / "backbone.safetensors"
+    shutil.copy(source, init)
+    runner("began", f"transfer.init={init}", "train.stop_after=2")
+    other, metadata = load_backbone(source, lambda config: build(config).backbone)
+    with torch.no_grad():
+        next(other.parameters())[0] += 1
+    save_backbone(init, other, {"config": metadata["config"]})
+    output = runner("began", f"transfer.init={init}", code=2)
+    lines = [line for line in output.splitlines() if line.startswith("gaitfast: error: ")]
+    assert len(lines) == 1 and f"{init}: differs from the file that this run began with" in lines[0], output
+    init.unlink()
+    runner("began", f"transfer.init={init}")
+    save_backbone(init, other, {"config": metadata["config"]})
+    assert "differs from the file" in runner("began", f"transfer.init={init}", code=2), "noted to the last checkpoint"
 
 
 @pytest.mark.slow

@@ -39,7 +39,8 @@ WITHOUT_EFFECT = {
     *("train.keep_memory", "train.encode_ahead", "profile.start", "profile.steps"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every"),
     "train.zero_stage",  # nor does the number of processes: to float rounding, as the order of sums differs
-    *("data.path", "data.threads", "data.prefetch"),  # the dataset is known by its fingerprint, wherever it lies
+    "data.path",  # the dataset is known by its fingerprint, wherever it lies
+    *("data.threads", "data.prefetch", "data.residency"),
     "data.corrupt",  # a run that a corrupt frame stopped may go on without it
 }
 """Keys that may change when a run goes on: they do not change what is trained."""
@@ -68,6 +69,9 @@ class TrainingRun:
         self.watchdog = Watchdog(config.train.timeout, self._last_words) if process.size > 1 else None
         self.found = process.agree(self._look)
         """The checkpoint to resume from; its weights replace any that are loaded before."""
+        self.origin: str | None = self.found.manifest.get("origin") if self.found else None
+        """Digest of the weights that the run began with, where a stage took them from a file and noted it; it goes from
+        checkpoint to checkpoint."""
 
     # --- what a stage brings ---
 
@@ -236,6 +240,7 @@ class TrainingRun:
             "config": to_dict(self.config),
             "pending_losses": pending,
             "scaler": scaler.state_dict() if scaler else {},
+            **({"origin": self.origin} if self.origin else {}),
         }
         self.world.agree(lambda: self._hand_over(tensors, manifest))
         self.export(step)
