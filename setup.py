@@ -57,7 +57,7 @@ setup(
     package_data={"gaitfast": ["assets/*.safetensors"], "gaitfast.report": ["*.css"]},
     install_requires=[
         "torch>=2.6",
-        "deepspeed>=0.16",
+        "deepspeed>=0.18.1",
         "nvidia-dali-cuda130>=1.50; platform_system=='Linux'",
         "einops>=0.7",
         "numpy>=1.26",

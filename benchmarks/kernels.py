@@ -134,9 +134,12 @@ def rows(
     count = max(1, min(8, CACHE // size)) if device == "cuda" else 1
     sets = [tensors(call, dtype, device, seed=i) for i in range(count)]
     sides: dict[str, Callable] = {"ours": ours(call), "eager": plain(call)}
+    refused = None
     if compiled:
         torch._dynamo.reset()
         sides["compiled"] = torch.compile(plain(call), dynamic=False)
+        if refused := refusal(sides["compiled"], sets[:1], call):
+            del sides["compiled"]
     if call.operation == "temporal_attention":
         sides["sdpa"] = scaled_dot_product
     forward, backward = moved_elements(call)
@@ -163,6 +166,7 @@ def rows(
                 "tflops": round(tflops, 3),
                 "matmul_share": round(tflops / ceilings.matmul_tflops, 4),
                 **ratios(timings),
+                **({"torch_compile_failed": refused} if refused else {}),
             }
         )
     # The backward pass alone is the difference: it cannot run without a forward pass before it.
@@ -171,6 +175,16 @@ def rows(
         rate = backward * width / difference / 1e6
         found[1] |= {"backward_gb_per_s": round(rate, 1), "backward_share": round(rate / ceilings.copy_gb_per_s, 4)}
     return found
+
+
+def refusal(function: Callable[..., Tensor], sets: list[tuple], call: Call) -> str | None:
+    """Why torch.compile cannot make this call, or None; it is made once, forward and backward."""
+    try:
+        for direction in ("forward", "forward+backward"):
+            bodies(function, sets, call, direction)[0]()
+    except Exception as error:
+        return f"{error.__class__.__name__}: {' '.join(str(error).split())}"[:200]
+    return None
 
 
 def ratios(timings: dict[str, Timing]) -> dict[str, float]:
@@ -183,7 +197,8 @@ def ratios(timings: dict[str, Timing]) -> dict[str, float]:
 
 
 def at_full_resolution(call: Call) -> bool:
-    return math.prod(call.arguments[0][2:4]) == 64 or call.arguments[0][2] == 64
+    shape = call.arguments[0]
+    return len(shape) == 2 or math.prod(shape[2:4]) == 64 or shape[2] == 64
 
 
 def headline(found: list[dict], batch: int, kind: str) -> dict:

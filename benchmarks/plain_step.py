@@ -210,7 +210,7 @@ class PlainPretraining:
 
 
 class PlainTransfer:
-    """One step of supervised training: backbone, head, triplet and identity loss, backward, the config's optimizer."""
+    """One step of supervised training: backbone, head, triplet and identity loss, backward, Adam."""
 
     def __init__(
         self, config: TransferConfig, recognizer: Recognizer, device: torch.device, compiled: bool = False

@@ -1,9 +1,9 @@
 """The whole training step against plain PyTorch: `python -m benchmarks.step --quick|--full --json FILE`.
 
-Ours is the real thing: a `Pretraining` or `Transfer` with DeepSpeed ZeRO and the DALI loader. The plain side is
-benchmarks/plain_step.py on the reference loader. Both take turns in one process; C library settings that our entries
-make are undone for the plain side's turns. Peak memory is measured in a process of its own for each side, from before
-the networks are built, after the same imports.
+Ours is the real thing: a `Pretraining` or `Transfer` with DeepSpeed and the loader that `data.engine` chooses here. The
+plain side is benchmarks/plain_step.py on the reference loader. Both take turns in one process; C library settings that
+our entries make are undone for the plain side's turns. Peak memory is measured in a process of its own for each side,
+from before the networks are built, after the same imports.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def ours(case: Case, config: Any, process: world.World) -> Side:
     return Side(step, close, run, lambda: next(loader))
 
 
-def plain(case: Case, config: Any, process: world.World, run: Any, compiled: bool = False) -> Side:
-    """With the weights of `run`, ours, or of a fresh one."""
+def plain(case: Case, config: Any, process: world.World, compiled: bool = False) -> Side:
+    """The same networks, drawn anew; times do not depend on their weights."""
     backbone = config.backbone
     dataset = PackedDataset.open(config.data.path)
     if case.stage == "pretrain":
@@ -272,7 +272,7 @@ def peak_memory(name: str, case: Case, dataset: str, device: str, threads: int) 
         keep_freed_memory(name != "plain")
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        side = plain(case, config, process, None) if name == "plain" else ours(case, config, process)
+        side = plain(case, config, process) if name == "plain" else ours(case, config, process)
         for _ in range(3):
             side.step()
         if device == "cuda":
@@ -294,12 +294,12 @@ def measure(case: Case, dataset: Path, process: world.World, arguments: argparse
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(case, dataset, Path(folder) / "run")
         one = ours(case, config, process)
-        other = plain(case, config, process, one.run)
+        other = plain(case, config, process)
         sides = {"plain": other.step, "ours": one.step}
         if arguments.full and case.label in HEADLINE:
             sides["plain + malloc"] = other.step
         if arguments.compile:
-            sides["compiled"] = plain(case, config, process, one.run, compiled=True).step
+            sides["compiled"] = plain(case, config, process, compiled=True).step
         with FlopCounterMode(display=False) as counter:
             other.step()
         least = arguments.least if case.label in HEADLINE else 2

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--usf17",
         type=Path,
-        default=Path(os.environ.get("GAITFAST_USF17", "shared/data/usf17")),
+        default=Path(os.environ.get("GAITFAST_USF17", "usf17-release")),
         metavar="DIR",
         help="folder of Gal.mat and the probe sets ($GAITFAST_USF17)",
     )

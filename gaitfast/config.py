@@ -232,6 +232,8 @@ class TrainConfig(LengthConfig):
         LengthConfig.__post_init__(self)
         check_choice(self.compile, ("none", "default", "reduce-overhead", "max-autotune"), "train.compile")
         check(self.compile == "none" or self.zero_stage < 3, "train.compile", "needs train.zero_stage 0, 1 or 2")
+        graphs = self.compile in ("reduce-overhead", "max-autotune")
+        check(not graphs or self.accumulation == 1, "train.compile", "CUDA graphs need train.accumulation=1")
         check(self.batch >= 1, "train.batch", f"must be positive, got {self.batch}")
 
     @property

@@ -51,7 +51,7 @@ class Package:
 
 PACKAGES = (
     Package("torch", "2.6", "torch", "models, training"),
-    Package("deepspeed", "0.16", "deepspeed", "ZeRO, launcher"),
+    Package("deepspeed", "0.18.1", "deepspeed", "ZeRO, launcher"),
     Package("nvidia-dali-cuda130", "1.50", "nvidia.dali", "loading, on a GPU or without the extension"),
     Package("einops", "0.7", "einops", "training"),
     Package("numpy", "1.26", "numpy", "data"),

@@ -58,13 +58,17 @@ def deepspeed_config(config: PretrainConfig | TransferConfig, world_size: int) -
         # Autocast with float32 master weights: what the paper's AMP did, and the norms keep float32 parameters.
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
         precision["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    stage = zero_stage(train, world_size)
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET}
+    if stage in (1, 2) and not config.optimizer.clip and train.precision != "fp16":
+        zero["compute_grad_norm"] = False  # nobody asks for it, and every step would wait for it
     return {
         "train_batch_size": train.sequences,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optimizer.clip,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": zero_stage(train, world_size), "reduce_bucket_size": BUCKET},
+        "zero_optimization": zero,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
         **precision,

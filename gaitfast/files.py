@@ -14,6 +14,16 @@ from safetensors import SafetensorError
 
 from gaitfast.config import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""A disk without space, or a quota that is used up."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no space; safetensors reports one in an error of its own."""
+    return getattr(error, "errno", None) in FULL or (
+        isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in FULL)
+    )
+
 
 def sync(path: Path) -> None:
     """Flush a file or a folder's entries to the disk."""
@@ -32,8 +42,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in an error of its own
-        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
+    except (OSError, SafetensorError) as error:
+        if is_full(error):
             raise UserError(f"{path}: no space left on the disk; free some and run the same command again") from None
         raise
     finally:

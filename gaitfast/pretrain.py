@@ -53,7 +53,8 @@ def main(args: argparse.Namespace) -> int:
     config = load(PretrainConfig, args.config, overrides)
     process = world.start(config.train.timeout)
     try:
-        Pretraining(config, process).go(build_loader)
+        with world.contact(process):
+            Pretraining(config, process).go(build_loader)
     finally:
         world.stop()
     return 0
@@ -133,7 +134,7 @@ class Pretraining(TrainingRun):
                 drop[part],
             )
             self.engine.backward_and_step(loss)
-            losses.append(loss.detach().float())
+            losses.append(loss.detach().clone())  # under CUDA graphs the next micro-batch takes its place
         return torch.stack(losses).mean()
 
     def go(self, build_loader: Callable[..., Any]) -> None:
@@ -171,9 +172,9 @@ class Pretraining(TrainingRun):
                 self.schedule,
                 self.config.seed,
             )
-        before, after = self.evaluations.at(0), self.evaluations.at(step)
+        before, after = self.evaluations.at(0) or {}, self.evaluations.at(step)
         return {
-            "gap_before": before["gap"],
+            "gap_before": before.get("gap"),
             "gap_after": after["gap"],
             **{key: after[key] for key in ("loss_self", "loss_same", "loss_other", "loss_null")},
             "backend": {op: kernels.backend_of(op)[0] for op in kernels.OPERATIONS},

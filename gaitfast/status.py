@@ -64,7 +64,7 @@ def status(run: Path) -> dict[str, Any]:
         "data_wait": last_row.get("data_wait"),
         "seconds_to_go": (iterations - step) * pace[0] if pace and iterations and alive else None,
         "seconds_since_sign": round(quiet, 1),
-        "checkpoint_step": int(saved[0].stem.removeprefix("step_")) if saved else None,
+        "checkpoint_step": checkpoint.step_of(saved[0]) if saved else None,
         "checkpoint_age": round(time.time() - saved[0].stat().st_mtime, 1) if saved else None,
         "starts": len(starts),
     }
@@ -107,6 +107,8 @@ def _health(
         patience = max(QUIET, 20 * pace[1] if pace else 0.0)
         if last["event"] == "evaluate" and quiet < 12 * patience:
             return "running", f"evaluating since {_duration(quiet)}"
+        if last["event"] in ("stop", "finish", "failure") and quiet <= patience:
+            return "running", f"starting since {_duration(quiet)}"
         if quiet > patience:
             return "stalled", f"its process lives, but wrote nothing for {_duration(quiet)}"
         return "running", f"last sign {_duration(quiet)} ago"

@@ -52,7 +52,8 @@ def main(args: argparse.Namespace) -> int:
     config = load(TransferConfig, args.config, args.set)
     process = world.start(config.train.timeout)
     try:
-        Transfer(config, process).go(build_loader)
+        with world.contact(process):
+            Transfer(config, process).go(build_loader)
     finally:
         world.stop()
     return 0

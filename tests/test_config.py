@@ -114,6 +114,9 @@ def test_deepspeed_dict(precision, stage):
     assert derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"] * 2 == 64
     assert derived["zero_optimization"]["stage"] == stage
     assert ("torch_autocast" in derived) == (precision != "fp32")
+    assert ("compute_grad_norm" in derived["zero_optimization"]) == (stage in (1, 2) and precision != "fp16")
+    config.optimizer.clip = 1.0
+    assert "compute_grad_norm" not in deepspeed_config(config, world_size=2)["zero_optimization"]
     alone = deepspeed_config(config, world_size=1)
     assert alone["zero_optimization"]["stage"] == (3 if stage == 3 else 0)
 

@@ -283,7 +283,7 @@ def test_packages_that_are_absent(tmp_path, capsys, monkeypatch):
     source, out = save(tmp_path, trained("gaitset", "gait3d", None), None), tmp_path / "out.onnx"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)  # as where it is not installed
-        assert "pip install 'gaitfast[onnx]'" in refused(out, capsys, source, out, "--format", "onnx")
+        assert "pip install -e '.[onnx]'" in refused(out, capsys, source, out, "--format", "onnx")
         assert run_command("export", source, tmp_path / "out.pt", "--format", "opengait") == 0
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert run_command("export", source, out, "--format", "onnx") == 0

@@ -206,7 +206,7 @@ def test_partitioned_weights_on_two_ranks_stop_resume_and_evaluate(runner):
 @pytest.mark.parametrize(
     "settings",
     [
-        ("train.zero_stage=0", "train.precision=bf16"),
+        ("train.zero_stage=0", "train.precision=bf16", "train.encode_ahead=true"),
         ("train.zero_stage=1", "train.precision=fp32", "train.accumulation=2"),
         ("train.zero_stage=3", "train.precision=bf16", "backbone.name=gaitset"),
         ("train.zero_stage=2", "train.precision=fp16", "diffusion.pooling=mean+max", "data.same_clip=true"),
@@ -238,6 +238,10 @@ def test_accumulation_equals_the_large_batch(runner):
         (("autoencoder.weights=absent.safetensors",), "absent.safetensors"),
         (("backbone.name=gaitset", "backbone.variant=grew-bnneck"), "backbone.variant"),
         (("optimizer.lr_backbone=1e30", "optimizer.lr_denoiser=1e30"), "the loss is not finite; the batch held"),
+        (
+            ("optimizer.lr_backbone=1e30", "optimizer.lr_denoiser=1e30", "train.zero_stage=3"),
+            "the gradients of a step are not finite",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

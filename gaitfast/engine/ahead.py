@@ -25,13 +25,14 @@ class EncodeAhead:
     `encode` gives, whenever it is called: the encoder is frozen.
 
     Args:
-        loader: yields batches with `clip_e`; its `close` is passed on.
+        loader: yields batches with `clip_e`; its `name` and `close` are passed on.
         encode: clips uint8 (B, T, 64, 64) -> latents (B, 4, T, 8, 8).
         device: of the batches.
     """
 
     def __init__(self, loader: Any, encode: Callable[[Tensor], Tensor], device: torch.device) -> None:
         self._loader, self._batches, self._encode = loader, iter(loader), encode
+        self.name = f"{loader.name}, encoded ahead"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._next: Encoded | None = None
         self._failure: Exception | None = None

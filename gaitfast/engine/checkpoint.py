@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import queue
+import re
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ class Checkpoint:
         return self.manifest["step"]
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """What `state.collect` gave: float32 weights and moments, buffers in their own types, on the host."""
         return load_file(self.path)
 
 
@@ -56,9 +58,16 @@ def _path(run: Path, step: int) -> Path:
     return folder_of(run) / f"step_{step:08d}.safetensors"
 
 
+def step_of(path: Path) -> int:
+    """The steps done that the name of a checkpoint says."""
+    return int(path.stem.removeprefix("step_"))
+
+
 def listing(run: Path) -> list[Path]:
-    """Checkpoints of a run, the newest first; not opened."""
-    return sorted(folder_of(run).glob("step_*"), reverse=True)
+    """Checkpoints of a run, the newest first; not opened. Whatever else lies in the folder is not ours."""
+    named = re.compile(r"step_\d{8,}(\.safetensors)?")  # without the ending: a folder of an older version
+    found = [path for path in folder_of(run).glob("step_*") if named.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _digest(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> str:
@@ -92,7 +101,9 @@ def _prune(run: Path, saved: int, policy: CheckpointConfig) -> None:
     """
     older = []
     for path in listing(run):
-        step = int(path.stem.removeprefix("step_"))
+        step = step_of(path)
+        if path.is_dir():
+            continue
         if step > saved:
             path.unlink()
         elif step < saved and not (policy.keep_every and step % policy.keep_every == 0):
@@ -114,7 +125,7 @@ def _inspect(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if _digest(tensors, manifest) != metadata["checksum"]:
             raise ValueError("it does not match its checksum")
-        if manifest["step"] != int(path.stem.removeprefix("step_")):
+        if manifest["step"] != step_of(path):
             raise ValueError(f"it holds step {manifest['step']}")
         return Checkpoint(path, manifest)
     except (OSError, SafetensorError, KeyError, TypeError) as error:
@@ -156,8 +167,7 @@ class Writer:
 
     def __init__(self) -> None:
         self.error: Exception | None = None
-        self.seconds = 0.0
-        """Spent writing, in the background."""
+        self._closed = False
         self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
         self._thread.start()
@@ -168,13 +178,11 @@ class Writer:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            started = time.perf_counter()
             try:
                 if self.error is None:
                     job()
             except Exception as error:  # reported by whoever trains
                 self.error = error
-            self.seconds += time.perf_counter() - started
             del job  # and with it the state that it holds
             self._jobs.task_done()
 
@@ -197,7 +205,10 @@ class Writer:
             time.sleep(0.01)
 
     def close(self) -> None:
-        """Write what is left and end the thread."""
+        """Write what is left and end the thread; raises what went wrong. Once closed it stays so."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self.wait()
         finally:

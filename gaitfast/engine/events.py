@@ -34,12 +34,14 @@ class Events:
         self._mutex = threading.Lock()
 
     def claim(self, patience: float = 0.0) -> None:
-        """Lock the folder, which must exist. UserError if another process trains in it for longer than `patience` s."""
-        self._open()
+        """Lock the folder, which must exist. UserError if another process trains in it for longer than `patience` s, or
+        if its file system does not let us."""
         deadline = time.monotonic() + patience
         while True:
             try:
+                self._open()
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.utime(self.path)  # a sign of life, long before the first row
                 return
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -48,6 +50,11 @@ class Events:
                         "wait for it, or choose another folder with --set run=FOLDER"
                     ) from None
                 time.sleep(0.1)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: cannot be written and locked ({error.strerror}); choose a folder where that is "
+                    "possible with --set run=FOLDER"
+                ) from None
 
     @property
     def claimed(self) -> bool:

@@ -80,12 +80,14 @@ def saved_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
 
 
 def states(parameters: Iterable[Tensor], stage: int, ranks: int) -> int:
-    """Bytes of weights, gradients, two moments and ZeRO's float32 copy, which the stages divide among the ranks."""
+    """Bytes of weights, gradients, two moments and ZeRO's float32 copy, which the stages divide among the ranks; and at
+    stage 3 of one more copy of the weights."""
     sizes = [(p.numel(), p.requires_grad) for p in parameters]
     every, trained = sum(n for n, _ in sizes), sum(n for n, needed in sizes if needed)
     shares = [1 if stage < first else ranks for first in (3, 2, 1)]  # weights; gradients; optimizer and copy
     copies = 12 if stage else 8
-    return 4 * every // shares[0] + 4 * trained // shares[1] + copies * trained // shares[2]
+    whole = 4 * every if stage == 3 else 0  # the copy that evaluations use (ZeroEngine.whole)
+    return whole + 4 * every // shares[0] + 4 * trained // shares[1] + copies * trained // shares[2]
 
 
 def describe(needed: Estimate, free: int, batch: int, ways: Mapping[str, int]) -> str:
@@ -111,5 +113,8 @@ def free_bytes(device: torch.device) -> int:
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
         limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Pages of files that nobody has used lately (mapped shards) count, but go when somebody needs the memory.
+        taken = int((group / "memory.current").read_text()) - int(counts.get("inactive_file", 0))
+        free = min(free, limit - taken)
     return free

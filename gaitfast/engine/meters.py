@@ -42,7 +42,7 @@ class Records:
                 if number == len(lines):
                     break
                 raise UserError(
-                    f"{self.path}: line {number} is not a JSON object with a step; mend or delete it"
+                    f"{self.path}: line {number} is not a JSON object with a step; mend or delete the line"
                 ) from None
             rows.append(row)
         return rows
@@ -185,6 +185,7 @@ class Meters:
             self.bar.write(text)
 
     def close(self) -> None:
+        """End the bar and the files; once closed they stay so."""
         self.bar.close()
         if self.world.is_main:
             self.records.close()

@@ -11,7 +11,6 @@ RUN/summary.json           of a complete run, with the portable networks beside 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import resource
 import time
@@ -29,7 +28,7 @@ from gaitfast.engine.events import PATIENCE, Events
 from gaitfast.engine.memory import hand_back_freed_memory, keep_freed_memory
 from gaitfast.engine.meters import Meters, Records
 from gaitfast.engine.portable import source_commit
-from gaitfast.engine.profiling import windowed
+from gaitfast.engine.profiling import Window
 from gaitfast.engine.watchdog import Watchdog
 from gaitfast.engine.world import World, is_lost_contact, lost_contact
 from gaitfast.engine.zero import ZeroEngine
@@ -280,7 +279,7 @@ class TrainingRun:
         except BaseException as error:
             step = self.meters.done
             lost = self.world.size > 1 and is_lost_contact(error)
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            full = files.is_full(error)
             told: BaseException = error
             if lost:
                 told = lost_contact(error, self.world, step)
@@ -296,6 +295,7 @@ class TrainingRun:
                 raise told from None
             raise
         finally:
+            self.meters.close()  # the bar ends its line before anybody writes the next one
             if self.watchdog:
                 self.watchdog.close()
             self.events.close()
@@ -314,11 +314,14 @@ class TrainingRun:
             start_step=self.start,
         )
         self.loader_name = loader.name
+        step: Callable[..., torch.Tensor] = self._watched_step
+        if process.is_main:
+            step = window = Window(step, config.profile, self.folder, self.meters.say)
         try:
             done = loop.train(
                 self.engine,
                 iter(loader),
-                windowed(self._watched_step, config.profile, self.folder, self.meters.say),
+                step,
                 config=config,
                 world=process,
                 meters=self.meters,
@@ -330,6 +333,8 @@ class TrainingRun:
             )
         finally:
             loader.close()
+            if process.is_main:
+                window.close()
         if done == config.train.iterations:
             self.evaluate(done)
             self.export(done)
@@ -340,7 +345,6 @@ class TrainingRun:
             self.meters.say(f"stopped cleanly after step {done}; the same command continues")
         if process.is_main:
             self.events.add("finish" if done == config.train.iterations else "stop", step=done)
-        self.meters.close()
 
     def _watched_step(self, batch: Any, step: int) -> torch.Tensor:
         values = self.train_step(batch, step)
@@ -352,7 +356,7 @@ class TrainingRun:
             own = self.finish(step)
         if not self.world.is_main:
             return
-        before, after = self.evaluations.at(0), self.evaluations.at(step)
+        before, after = self.evaluations.at(0) or {}, self.evaluations.at(step)
         device = self.world.device
         backend = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -362,7 +366,7 @@ class TrainingRun:
             **own.pop("backend", {}),
         }
         summary = {
-            "rank1_before": before["rank1"],
+            "rank1_before": before.get("rank1"),
             "rank1_after": after["rank1"],
             **own,
             "steps": step,

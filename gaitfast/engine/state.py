@@ -115,27 +115,34 @@ def collect(engine: ZeroEngine, world: World) -> dict[str, torch.Tensor]:
             steps[f"step/{piece.name}"] = (
                 torch.as_tensor(state[piece.flat]["step"]).to("cpu", torch.float32, copy=True).reshape(1)
             )
-    own = torch.cat(parts) if parts else torch.empty(0)
+    # One message per rank; the main rank's own pieces go straight to their places.
+    message = torch.cat(parts) if parts and not world.is_main else torch.empty(0)
+    if not world.is_main:
+        parts.clear()
     trained = engine.trained
     fixed = {name: p for name, p in engine.objective.named_parameters() if id(p) not in trained}
     with _gathered(engine, list(fixed.values()), written=False):
         frozen = {f"weights/{name}": p.detach().to("cpu", torch.float32, copy=True) for name, p in fixed.items()}
     everyone = world.gather((table, steps))
     if not world.is_main:
-        if len(own):
-            dist.send(own, 0, group=world.control)
+        if len(message):
+            dist.send(message, 0, group=world.control)
         return {}
     shapes = {name: _shape(parameter) for name, parameter in engine.objective.named_parameters()}
     tensors = frozen | {f"buffers/{name}": t.detach().to("cpu", copy=True) for name, t in _buffers(engine).items()}
     for rank, (entries, theirs) in enumerate(everyone):
         tensors |= theirs
+        counts = [count for *_, count in entries]
         if rank:
-            own = torch.empty(sum(count for *_, count in entries))
-            if len(own):
-                dist.recv(own, rank, group=world.control)
-        for (key, name, offset, count), part in zip(entries, own.split([count for *_, count in entries])):
-            whole = tensors.setdefault(key, torch.empty(shapes[name]))
-            whole.view(-1).narrow(0, offset, count).copy_(part)
+            message = torch.empty(sum(counts))
+            if len(message):
+                dist.recv(message, rank, group=world.control)
+            parts = list(message.split(counts))
+        for number, (key, name, offset, count) in enumerate(entries):
+            if key not in tensors:
+                tensors[key] = torch.empty(shapes[name])
+            tensors[key].view(-1).narrow(0, offset, count).copy_(parts[number])
+            parts[number] = None
     return tensors
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import random
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -148,12 +149,24 @@ def _first(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200]
 
 
-def lost_contact(error: BaseException, world: World, step: int) -> UserError:
-    """The message for a run whose processes lost each other."""
+def lost_contact(error: BaseException, world: World, step: int | None) -> UserError:
+    """The message for a run whose processes lost each other; `step`: done before, None at the start."""
+    when = "at the start" if step is None else f"after step {step}"
     return UserError(
-        f"rank {world.rank} of {world.size} lost the other processes after step {step} ({_first(error)}); "
+        f"rank {world.rank} of {world.size} lost the other processes {when} ({_first(error)}); "
         "see which of them failed, then start the same command on all nodes: it goes on from the last checkpoint"
     )
+
+
+@contextlib.contextmanager
+def contact(world: World) -> Iterator[None]:
+    """Inside, an error that says that the other processes are gone becomes a UserError that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if world.size > 1 and is_lost_contact(error):
+            raise lost_contact(error, world, None) from None
+        raise
 
 
 def stop() -> None:

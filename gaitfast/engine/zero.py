@@ -17,6 +17,7 @@ from gaitfast.config import (
     PretrainConfig,
     StepOptimizerConfig,
     TransferConfig,
+    UserError,
     deepspeed_config,
     zero_stage,
 )
@@ -94,6 +95,7 @@ class ZeroEngine:
         world: World,
     ):
         import deepspeed
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         self.config = config
         self._groups = groups
@@ -103,10 +105,13 @@ class ZeroEngine:
         if world.size > 1 or (world.device.type == "cpu" and config.train.precision == "fp32"):
             objective = synchronize_norms(objective, world.device)
         self._copy = copy.deepcopy(objective).to(world.device) if self.stage == 3 else None
+        settings = deepspeed_config(config, world.size)
+        if "compute_grad_norm" not in DeepSpeedZeroConfig.model_fields:  # before DeepSpeed 0.19
+            settings["zero_optimization"].pop("compute_grad_norm", None)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective.to(world.device),
             optimizer=build_optimizer(config.optimizer, groups),
-            config=deepspeed_config(config, world.size),
+            config=settings,
         )
 
     @property
@@ -131,22 +136,31 @@ class ZeroEngine:
         return rates
 
     def backward_and_step(self, loss: torch.Tensor) -> None:
-        """One micro-batch; DeepSpeed updates the weights after the last one of the accumulation."""
+        """One micro-batch; DeepSpeed updates the weights after the last one of the accumulation.
+
+        UserError if ZeRO finds gradients that are not finite, which it looks for where it has to know their norm.
+        """
         self.engine.backward(loss)
         last = self.engine.is_gradient_accumulation_boundary()
-        if last and self.stage and self.scaler and (clip := self.config.optimizer.clip):
+        sharded = self.engine.optimizer if self.stage else None
+        if last and sharded and self.scaler and (clip := self.config.optimizer.clip):
             # ZeRO clips gradients while they still carry the scale of fp16, and takes that scale for 1.
-            self.engine.optimizer.clip_grad = clip * self.scaler.get_scale()
+            sharded.clip_grad = clip * self.scaler.get_scale()
         self.engine.step()
-        # ZeRO skips a step whose gradients overflowed without telling the scaler, which would never come down.
-        if last and self.scaler and getattr(self.engine.optimizer, "overflow", False):
+        if last and getattr(sharded, "overflow", False):
+            if self.scaler is None:
+                raise UserError(
+                    "the gradients of a step are not finite; the last checkpoint is untouched: begin anew in another "
+                    "run folder with lower learning rates or train.precision=fp32"
+                )
+            # ZeRO skips such a step without telling the scaler, which would never come down.
             self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """The loss scaler of fp16, wherever DeepSpeed keeps it."""
         inside = getattr(self.engine.optimizer, "torch_autocast_gradscaler", None)
-        return inside or self.engine.torch_autocast_z0_gradscaler
+        return inside or getattr(self.engine, "torch_autocast_z0_gradscaler", None)
 
     def whole(self) -> nn.Module:
         """The objective with all its weights on every rank, for evaluation and export; every rank must call it.

@@ -46,7 +46,7 @@ def require_packages() -> None:
     """UserError unless the exporter's packages are installed."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"--format onnx: needs {' and '.join(missing)}, which is not installed; pip install 'gaitfast[onnx]'"
+            f"--format onnx: needs {' and '.join(missing)}, which is not installed; pip install -e '.[onnx]'"
         )
 
 

@@ -31,7 +31,7 @@ def test_the_calls_are_those_of_the_network():
 
 
 def test_floors_are_the_counted_ones():
-    """Elements per sample of all norms, shared/facts: 1,904,640 for GroupNorm, 952,320 for LayerNorm."""
+    """Elements per sample of all norms, counted by hand: 1,904,640 for GroupNorm, 952,320 for LayerNorm."""
     for operation, elements in (("group_norm_film_silu", 1_904_640), ("layer_norm", 952_320)):
         calls = [c for c in denoiser_calls(64, 1) if c.operation == operation]
         assert sum(c.count * moved_elements(c)[0] for c in calls) == 2 * elements

@@ -1,7 +1,9 @@
 """What must survive a crash: atomic files, the rows of a resumed run, checkpoints that are whole or passed over."""
 
 import errno
+import fcntl
 import json
+import os
 
 import pytest
 import torch
@@ -11,21 +13,23 @@ from torch import nn
 from gaitfast import files
 from gaitfast.config import CheckpointConfig, OptimizerConfig, UserError
 from gaitfast.engine import checkpoint
+from gaitfast.engine.events import Events
 from gaitfast.engine.meters import Meters, Records
 from gaitfast.engine.portable import load_backbone, save_backbone
-from gaitfast.engine.world import World
+from gaitfast.engine.world import World, contact
 from gaitfast.engine.zero import learning_rate_factor
 
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_failed_write_leaves_the_old_file(tmp_path, number):
     path = tmp_path / "a.json"
     files.write_json(path, {"value": 1})
 
     def fail(temporary):
         temporary.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     with pytest.raises(UserError, match="no space left"):
         files.write_atomically(path, fail)
@@ -179,7 +183,44 @@ def test_the_writer_keeps_the_order_and_tells_what_failed():
         writer.submit(lambda: done.append("after"))
     with pytest.raises(UserError, match="no space left"):
         writer.close()
+    writer.close()  # whoever cleans up after that failure finds nothing left to wait for
     assert done == list(range(20))
+
+
+def test_the_contents_of_the_folder_that_are_no_checkpoints_are_left_alone(tmp_path):
+    kept = write_checkpoint(tmp_path, 5)
+    copy = kept.with_name(kept.name + ".bak")
+    copy.write_bytes(b"a copy")
+    (kept.parent / "step_00000003").mkdir()
+    write_checkpoint(tmp_path, 10, keep=1)
+    assert sorted(path.name for path in kept.parent.iterdir()) == [
+        "step_00000003",
+        copy.name,
+        "step_00000010.safetensors",
+    ]
+    assert checkpoint.newest(tmp_path).step == 10
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EACCES])
+def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path, monkeypatch, number):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"events\.jsonl: cannot be written and locked \(.*--set run=FOLDER"):
+        Events(tmp_path, 0).claim()
+
+
+def test_processes_that_are_gone_are_one_line():
+    two = World(1, 2, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"rank 1 of 2 lost the other processes at the start .*Connection closed"):
+        with contact(two):
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="shape"):
+        with contact(two):
+            raise RuntimeError("shape mismatch")
+    with pytest.raises(RuntimeError, match="gloo"), contact(ALONE):
+        raise RuntimeError("gloo")
 
 
 def test_learning_rate_follows_table_6():

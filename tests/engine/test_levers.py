@@ -9,12 +9,14 @@ from gaitfast import needs
 from gaitfast.config import PretrainConfig, ProfileConfig, UserError, load
 from gaitfast.data.batch import PretrainBatch
 from gaitfast.engine.ahead import EncodeAhead, Encoded
-from gaitfast.engine.profiling import windowed
+from gaitfast.engine.profiling import Window
 from gaitfast.models import build_autoencoder
 
 
 class Loader:
     """Three batches, and whether it was closed."""
+
+    name = "reference"
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -92,6 +94,13 @@ def test_compilation_and_partitioned_weights_do_not_go_together(tmp_path):
         load(PretrainConfig, file)
 
 
+def test_cuda_graphs_and_accumulation_do_not_go_together(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {compile: reduce-overhead, accumulation: 2}\n")
+    with pytest.raises(UserError, match=r"train\.compile: CUDA graphs need train\.accumulation=1"):
+        load(PretrainConfig, file)
+
+
 def test_a_window_of_steps_is_profiled(tmp_path):
     said, seen = [], []
 
@@ -99,7 +108,7 @@ def test_a_window_of_steps_is_profiled(tmp_path):
         seen.append(number)
         return torch.ones(8, 8) @ torch.ones(8, 8)
 
-    recorded = windowed(step, ProfileConfig(start=2, steps=3), tmp_path, said.append)
+    recorded = Window(step, ProfileConfig(start=2, steps=3), tmp_path, said.append)
     for number in range(7):
         assert recorded(None, number).shape == (8, 8)
     assert seen == list(range(7))
@@ -107,11 +116,23 @@ def test_a_window_of_steps_is_profiled(tmp_path):
     names = [event.get("name", "") for event in events]
     assert sorted({name for name in names if name.startswith("step ")}) == ["step 2", "step 3", "step 4"]
     assert names.count("aten::mm") == 3
+    recorded.close()
     assert said == [f"profile of steps 2-4: {tmp_path / 'profile_00000002.json'}"]
 
 
-def test_without_a_window_nothing_is_wrapped(tmp_path):
-    def step(batch, number):
-        return torch.zeros(())
+def test_a_run_that_ends_inside_the_window_writes_what_there_is(tmp_path):
+    said = []
+    recorded = Window(lambda batch, number: torch.ones(3), ProfileConfig(start=2, steps=30), tmp_path, said.append)
+    for number in range(4):
+        recorded(None, number)
+    recorded.close()
+    recorded.close()
+    assert said == [f"profile of steps 2-3: {tmp_path / 'profile_00000002.json'}"]
+    assert json.loads((tmp_path / "profile_00000002.json").read_text())["traceEvents"]
 
-    assert windowed(step, ProfileConfig(), tmp_path, print) is step
+
+def test_without_a_window_nothing_is_recorded(tmp_path):
+    recorded = Window(lambda batch, number: torch.ones(3), ProfileConfig(), tmp_path, print)
+    assert recorded(None, 20).shape == (3,)
+    recorded.close()
+    assert not list(tmp_path.iterdir())
