@@ -188,10 +188,7 @@ class Measures:
         row |= self.distances(objective)
         device = self.world.device
         held = self.held_out
-        silhouettes = {
-            name: torch.from_numpy(np.ascontiguousarray(clips)).to(device).float() / 255
-            for name, clips in held.conditions.items()
-        }
+        silhouettes = {name: torch.from_numpy(np.ascontiguousarray(clips)) for name, clips in held.conditions.items()}
         latents = torch.cat([self.encode(part.to(device)) for part in torch.from_numpy(held.clip).split(32)])
         # In float32 whatever the run's precision: bf16 would round away what tells the conditions apart.
         with torch.autocast(device.type, enabled=False):

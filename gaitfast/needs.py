@@ -22,12 +22,12 @@ from gaitfast.data.sampling import PeopleSampler
 from gaitfast.diffusion import NoiseSchedule, loss_weights
 from gaitfast.diffusion.objective import DiffusionObjective
 from gaitfast.engine.memory import BASE, Estimate, describe, free_bytes, saved_bytes, states
+from gaitfast.engine.zero import TYPES
 from gaitfast.interop.opengait import TRAINING_IDENTITIES
 from gaitfast.models import build_denoiser, build_recognizer
 from gaitfast.models.recognizer import Recognizer
 from gaitfast.recognition import RecognitionObjective
 
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BACKWARD = 0.35
 """Gradients of activations that a backward pass holds at its worst moment, as a share of what the forward pass kept
 (measured: see docs/speed.md)."""

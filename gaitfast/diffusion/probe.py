@@ -29,7 +29,8 @@ def condition_losses(
     Args:
         objective: in eval mode.
         latents: (N, 4, T, H, W) of the held-out clips.
-        silhouettes: for `self`, `same` and `other`: float (N, T, 64, 44) from which the condition of clip n is taken.
+        silhouettes: for `self`, `same` and `other`: (N, T, 64, 44) from which the condition of clip n is taken, on any
+            device; uint8 of 0..255, which a batch at a time becomes float, or float of 0..1.
         noise: (N, 4, T, H, W), the same at each timestep.
         timesteps: int64 (K,) in 1..1000.
         batch: clips per forward.
@@ -40,7 +41,10 @@ def condition_losses(
     total = {name: torch.zeros(len(latents), dtype=torch.float64) for name in CONDITIONS}
     for first in range(0, len(latents), batch):
         part = slice(first, first + batch)
-        conditions = {name: objective.condition(silhouettes[name][part]) for name in ("self", "same", "other")}
+        conditions = {
+            name: objective.condition(_as_float(silhouettes[name][part].to(latents.device)))
+            for name in ("self", "same", "other")
+        }
         conditions["null"] = conditions["self"]
         drop = torch.ones(len(latents[part]), dtype=torch.bool, device=latents.device)
         for t in timesteps.tolist():
@@ -51,3 +55,7 @@ def condition_losses(
                 )
                 total[name][part] += errors.double().cpu() / len(timesteps)
     return total
+
+
+def _as_float(clips: torch.Tensor) -> torch.Tensor:
+    return clips.float() / 255 if clips.dtype == torch.uint8 else clips

@@ -28,6 +28,10 @@ from gaitfast.engine.world import World
 warnings.filterwarnings("ignore", message=r".*(reduce_scatter_tensor|all_gather_into_tensor).*", category=FutureWarning)
 
 
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""The types that `train.precision` names."""
+
+
 def learning_rate_factor(step: int, iterations: int, optimizer: OptimizerConfig, start: int = 0) -> float:
     """Factor on a learning rate at `step` (0-based): linear warm-up, then cosine annealing to 0 (Table 6).
 
@@ -125,7 +129,7 @@ class ZeroEngine:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The run's precision for work outside the engine's own forward: the encoder and the evaluations."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.config.train.precision]
+        dtype = TYPES[self.config.train.precision]
         return torch.autocast(self.engine.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def set_learning_rate(self, step: int) -> dict[str, float]:
