@@ -43,7 +43,10 @@ def _mul_torch(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def key(seed: int, purpose: str) -> tuple[int, int]:
-    """The two key words. The purpose enters as its CRC, so streams of different purposes never meet."""
+    """The two key words. The purpose enters as its CRC, so streams of different purposes never meet.
+
+    ValueError for a seed outside 0..2^63-1.
+    """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must lie in 0..2^63-1, got {seed}")
     return (seed ^ zlib.crc32(purpose.encode())) & _MASK, (seed >> 32) & _MASK

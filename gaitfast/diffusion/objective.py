@@ -9,7 +9,10 @@ from gaitfast.diffusion.schedule import NoiseSchedule, add_noise
 
 
 def pool_feature(feature: torch.Tensor, method: str = "mean") -> torch.Tensor:
-    """Pool G(s) over its parts (Sec. 3.1.4): feature (B, C, P) -> condition (B, C). `mean+max` is the sum of both."""
+    """Pool G(s) over its parts (Sec. 3.1.4): feature (B, C, P) -> condition (B, C). `mean+max` is the sum of both.
+
+    ValueError for another method.
+    """
     if method == "mean":
         return feature.mean(-1)
     if method == "max":

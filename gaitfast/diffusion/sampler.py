@@ -15,7 +15,10 @@ Denoiser = Callable[..., torch.Tensor]
 def predict_noise(
     denoiser: Denoiser, latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor, guidance: float
 ) -> torch.Tensor:
-    """Guided noise: null + guidance * (conditional - null); guidance 1 is the plain conditional prediction."""
+    """Guided noise: null + guidance * (conditional - null); guidance 1 is the plain conditional prediction.
+
+    Floating latents (B, 4, T, H, W), int64 timestep (B,), condition (B, C) -> noise like the latents.
+    """
     conditional = denoiser(latents, timestep, condition)
     if guidance == 1.0:
         return conditional
@@ -25,7 +28,7 @@ def predict_noise(
 
 
 def predict_latents(noisy: torch.Tensor, noise: torch.Tensor, alpha_bar: float) -> torch.Tensor:
-    """The clean latents that `noisy` and a predicted `noise` imply (eq. 1 solved for x)."""
+    """The clean latents that `noisy` and a predicted `noise`, of one shape and type, imply (eq. 1 solved for x)."""
     return (noisy - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
 
 
@@ -45,9 +48,12 @@ def ddim_sample(
 
     Args:
         denoiser: as `build_denoiser` returns.
+        schedule: the one that the denoiser was trained on.
         noise: float (B, 4, T, H, W): the latents at `start`.
-        condition: (B, C).
+        condition: floating (B, C).
         steps: evaluations of the denoiser (twice as many with guidance).
+        guidance: weight of the conditional prediction against the unconditional one; 1: none.
+        start: timestep 1..T to begin at; None: T.
         clamp: the estimate of the clean latents is kept within +-clamp; unit-variance latents rarely leave it.
 
     Returns:

@@ -38,6 +38,9 @@ class NoiseSchedule:
         name: `inverted_cosine` (the paper's), `cosine` or `linear`.
         timesteps: T; t runs from 1 to T, and index 0 is the clean signal.
 
+    Raises:
+        ValueError: another name.
+
     Attributes:
         alpha_bar: float64 (T+1,), share of signal power left at t; alpha_bar[0] = 1.
         snr: float64 (T+1,), alpha_bar / (1 - alpha_bar); snr[0] = inf.
@@ -67,6 +70,6 @@ class NoiseSchedule:
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps (eq. 1). latents, noise (B, ...); signal, sigma (B,)."""
+    """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps (eq. 1). Floating latents, noise (B, ...); signal, sigma (B,)."""
     shape = (-1,) + (1,) * (latents.dim() - 1)
     return signal.view(shape) * latents + sigma.view(shape) * noise

@@ -26,6 +26,9 @@ def loss_weights(
 
     Returns:
         float64 (T+1,), index t; index 0 (no noise, never drawn) holds the limit.
+
+    Raises:
+        ValueError: another name.
     """
     snr = schedule.snr  # infinite at t = 0, where the clamps give the limits
     if name == "uniform":

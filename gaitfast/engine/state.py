@@ -99,6 +99,7 @@ def collect(engine: ZeroEngine, world: World) -> dict[str, torch.Tensor]:
     """Copy the state to the main rank's memory; the other ranks get {}. Every rank must call it.
 
     Each rank sends its pieces in one message, so that the traffic is that of the state itself: 12 bytes per parameter.
+    Weights, moments and step counts are float32, buffers have their own types.
     """
     state = engine.engine.basic_optimizer.state
     table, parts, steps = [], [], {}
