@@ -84,19 +84,32 @@ struct Moments {
   }
 };
 
-// parts: a pivot near the mean, and the sums of x - pivot and of its square. The pivot is the mean of the first rows, so
-// the squares are at most kMostRows / kChunk times those about the part's own mean, however the rows differ.
+// Moves the pivots to the means of n rows, given the sums of x - pivot and of its square, if these are mostly due to a
+// pivot that is off: their difference to the squares about the mean would cancel.
+GAITFAST_INLINE bool moves_pivots(int64_t n, int64_t channels, const float* sums, const float* squares, float* pivot) {
+  const float count = static_cast<float>(n);
+  bool off = false;
+  for (int64_t c = 0; c < channels; ++c) off |= sums[c] * sums[c] > 0.75f * count * squares[c];
+  for (int64_t c = 0; c < channels && off; ++c) pivot[c] += sums[c] / count;
+  return off;
+}
+
+// parts: a pivot near the mean, and the sums of x - pivot and of its square. The pivot is the mean of the first rows;
+// where that does not do, of all.
 template <class T>
 void frame_moments(const FrameNorm& a, int64_t begin, int64_t end, float*) {
   for (int64_t task = begin; task < end; ++task) {
     const T* x = static_cast<const T*>(a.x);
     float *pivot = a.parts + task * FrameNorm::kSums * a.channels, *sums = pivot + a.channels, *squares = sums + a.channels;
-    std::memset(sums, 0, 2 * a.channels * sizeof(float));
-    const int64_t first = task * a.part();
-    for_vectors<Pivot>(a.channels, x + first * a.channels, a.channels, smaller(kChunk, a.rows - first), pivot);
-    for_rows(a, task, [&](int64_t from, int64_t rows) __attribute__((always_inline)) {
-      for_vectors<Moments>(a.channels, x + from, a.channels, rows, pivot, sums, squares);
-    });
+    const int64_t first = task * a.part(), count = smaller(a.part(), a.rows - first);
+    for_vectors<Pivot>(a.channels, x + first * a.channels, a.channels, smaller(kChunk, count), pivot);
+    for (bool again = false;; again = true) {
+      std::memset(sums, 0, 2 * a.channels * sizeof(float));
+      for_rows(a, task, [&](int64_t from, int64_t rows) __attribute__((always_inline)) {
+        for_vectors<Moments>(a.channels, x + from, a.channels, rows, pivot, sums, squares);
+      });
+      if (again || count <= kChunk || !moves_pivots(count, a.channels, sums, squares, pivot)) break;
+    }
   }
 }
 

@@ -88,7 +88,7 @@ struct FrameNorm {
   Ending ending;
 
   static constexpr int64_t kSums = 3;
-  // Some 64 Ki elements: a few dozen parts of every map. At most kMostRows: see frame_moments.
+  // Some 64 Ki elements, which stay in the second-level cache.
   static constexpr int64_t kMostRows = 1024;
   int64_t part() const {
     const int64_t some = 65536 / channels;
