@@ -49,6 +49,14 @@ TORCH_LIBRARY(gaitfast, m) {
   // Maxima over the frames of clips (N, S, M), at most 256, and which frame won: (N, M), uint8 (N, M); and back.
   m.def("frames_max(Tensor x) -> (Tensor, Tensor)");
   m.def("frames_max_backward(Tensor gradient, Tensor which, int frames) -> Tensor");
+  // Batch norm of a training batch x (F, C, H, W), its shortcut added, ReLU (gaitfast/models/frame_norm.py): the result,
+  // channels_last, and each channel's mean and biased variance, float64 (2, C).
+  m.def("frame_norm(Tensor x, Tensor weight, Tensor bias, Tensor? shortcut, bool relu, float eps) -> (Tensor, Tensor)");
+  // out: the result of a norm with a shortcut and ReLU. Gradients of x, of weight and bias float32 (2, C), and with `out`
+  // of the shortcut, empty without.
+  m.def(
+      "frame_norm_backward(Tensor gradient, Tensor x, Tensor weight, Tensor bias, Tensor moments, Tensor? out, bool relu, "
+      "float eps) -> (Tensor, Tensor, Tensor)");
   // Products of the denoiser on the CPU (kernels/convolution.py), bfloat16, channels last.
   // Whether weight_gradient runs here.
   m.def("has_row_products() -> bool", &gaitfast::convolution::has_row_products);

@@ -7,9 +7,6 @@
 namespace gaitfast::denoiser {
 namespace {
 
-// Rows whose sums are added up before they join the total, which keeps the rounding of long columns small.
-constexpr int64_t kChunk = 32;
-
 // One task: channels [first, first + width) of a sample.
 struct Columns {
   int64_t sample, first, width, offset;
@@ -29,15 +26,6 @@ GAITFAST_INLINE void join_groups(float* values, int64_t width, int64_t per_group
     for (int64_t c = 0; c < per_group; ++c) sum += values[group + c];
     for (int64_t c = 0; c < per_group; ++c) values[group + c] = sum * factor;
   }
-}
-
-// Calls Part<N>::run(lanes, c, ...) for N vectors of channels at a time, from channel c on; `lanes` of the last are there.
-template <template <int> class Part, class... Arguments>
-GAITFAST_INLINE void for_vectors(int64_t width, Arguments&&... arguments) {
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= width; c += 4 * kLanes) Part<4>::run(kLanes, c, arguments...);
-  for (; c + 2 * kLanes <= width; c += 2 * kLanes) Part<2>::run(kLanes, c, arguments...);
-  for (; c < width; c += kLanes) Part<1>::run(smaller(kLanes, width - c), c, arguments...);
 }
 
 // Sums over the rows of x - mean, or of its square.

@@ -72,6 +72,31 @@ struct Attention {
   int64_t tasks() const { return batch * tasks_of_sample(); }
 };
 
+enum class Ending { plain, relu, shortcut };  // y = z, relu(z), relu(z + shortcut)
+
+// Batch norm of a backbone's maps (csrc/cpu/frame_norm.cpp): R rows of C channels. A task is a part of the rows, whose sums
+// are in float32.
+struct FrameNorm {
+  const void *x, *grad;              // (R, C)
+  const void* other;                 // (R, C): forward a shortcut, backward the result of a norm with one; or null
+  void* out;                         // (R, C): y, or the gradient of x
+  void* masked;                      // (R, C): backward the shortcut's gradient, with `other`
+  const float *mean, *gain, *bias;   // (C,): z = (x - mean) * gain + bias
+  const float *level, *along;        // (C,): the gradient of x is gain * (gradient of z - level - (x - mean) * along)
+  float* parts;                      // (tasks, kSums, C)
+  int64_t rows, channels;
+  Ending ending;
+
+  static constexpr int64_t kSums = 3;
+  // Some 64 Ki elements, which stay in the second-level cache.
+  static constexpr int64_t kMostRows = 1024;
+  int64_t part() const {
+    const int64_t some = 65536 / channels;
+    return some < 1 ? 1 : some > kMostRows ? kMostRows : some;
+  }
+  int64_t tasks() const { return (rows + part() - 1) / part(); }
+};
+
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end, float* scratch);
 
@@ -80,6 +105,7 @@ struct Kernels {
   Kernel<LayerNorm> layer_norm[kTypes], layer_norm_backward[kTypes];
   Kernel<Attention> attention[kTypes], attention_backward[kTypes];
   Kernel<Attention> linear_attention[kTypes], linear_attention_backward[kTypes];
+  Kernel<FrameNorm> frame_moments[kTypes], frame_norm[kTypes], frame_norm_sums[kTypes], frame_norm_gradient[kTypes];
 };
 
 extern const Kernels kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;

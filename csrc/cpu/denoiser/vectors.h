@@ -171,5 +171,17 @@ GAITFAST_INLINE Floats sigmoid(Floats x) {
   return reciprocal(1.f + exp2<T>(at_most(x * -kLog2e, all(126.f))));
 }
 
+// Rows whose sums are added up before they join the total, which keeps the rounding of long columns small.
+constexpr int64_t kChunk = 32;
+
+// Calls Part<N>::run(lanes, c, ...) for N vectors of channels at a time, from channel c on; `lanes` of the last are there.
+template <template <int> class Part, class... Arguments>
+GAITFAST_INLINE void for_vectors(int64_t width, Arguments&&... arguments) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= width; c += 4 * kLanes) Part<4>::run(kLanes, c, arguments...);
+  for (; c + 2 * kLanes <= width; c += 2 * kLanes) Part<2>::run(kLanes, c, arguments...);
+  for (; c < width; c += kLanes) Part<1>::run(smaller(kLanes, width - c), c, arguments...);
+}
+
 }  // namespace
 }  // namespace gaitfast::denoiser
