@@ -81,8 +81,8 @@ def estimate(
 ) -> Estimate:
     """What one process of `ranks` needs at its peak.
 
-    module: the objective of pretraining, or the recognizer of transfer, on `device` and not yet under ZeRO. UserError for
-    a batch that does not divide.
+    module: the objective of pretraining, or the recognizer of transfer, on `device` and not yet under ZeRO. UserError
+    for a batch that does not divide.
     """
     train = config.train
     share = batch_per_rank(train, ranks)

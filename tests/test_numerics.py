@@ -42,6 +42,18 @@ def test_an_unbalanced_batch_of_short_clips_gives_no_nan_in_transfer(name, preci
     assert all_finite(loss, objective)
 
 
+def test_a_narrow_gaitbase_on_two_threads():
+    """oneDNN's gradient of a strided 1 x 1 convolution of eight channels ends the process; see gaitbase.Projection."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        backbone = build_recognizer("gaitbase", "gait3d", width=0.125).backbone.train()
+        for _ in range(5):
+            assert all_finite(backbone(silhouettes(3, 1)).square().mean(), backbone)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_short_and_empty_clips_give_no_nan_in_pretraining(name, precision, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaitfast.models.frame_norm import FrameNorm, norm_relu
@@ -11,6 +12,20 @@ PARTS = 16
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 1))
 """Channels and stride of the four residual blocks."""
 CHANNELS = dict.fromkeys(("gait3d", "grew", "casia-b", "ou-mvlp"), STAGES)
+
+
+class Projection(nn.Conv2d):
+    """A 1 x 1 convolution with a stride.
+
+    On a CPU with fewer than 16 input channels (a narrow network) the other positions are left out before it: oneDNN's
+    gradient of the weights of a strided one reads beyond its memory there, in channels_last, on several threads.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or self.in_channels >= 16:
+            return super().forward(x)
+        down, across = self.stride
+        return F.conv2d(x[..., ::down, ::across], self.weight)
 
 
 class ResidualBlock(nn.Module):
@@ -24,7 +39,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = FrameNorm(channels)
         self.project = None
         if stride != 1 or in_channels != channels:
-            self.project = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), FrameNorm(channels))
+            self.project = nn.Sequential(Projection(in_channels, channels, 1, stride, bias=False), FrameNorm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(norm_relu(self.norm1, self.conv1(x)))

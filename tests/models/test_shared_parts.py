@@ -19,7 +19,7 @@ OWN = {
     "smplgait": set(),
     "gaitpart": {gaitpart.MicroMotion},
     "gaitgl": {gaitgl.GlobalLocalConv, gaitgl.GeneralizedMean, gaitgl.GaitGLHead},
-    "gaitbase": {gaitbase.ResidualBlock, gaitbase.FrameNorm},
+    "gaitbase": {gaitbase.ResidualBlock, gaitbase.Projection, gaitbase.FrameNorm},
 }
 EVERY = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 
