@@ -31,7 +31,7 @@ if [ $# -eq 0 ]; then
   data=tests/data
   set -- tests/retrieval $data/test_codec.py $data/test_clips.py $data/test_parity.py $data/test_packed.py $data/test_fuzz.py
   # Neither Triton's interpreter nor NVIDIA's compiler, which does not start under a preloaded sanitizer.
-  set -- "$@" tests/kernels -k "not triton and not aot and not spill_nothing and not bindings_compile"
+  set -- "$@" tests/kernels tests/models/test_frame_norm.py -k "not triton and not aot and not spill_nothing and not bindings_compile"
 fi
 failed=0
 env PYTHONPATH="$folder/tree" LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)" \
