@@ -109,13 +109,13 @@ class Side(NamedTuple):
     batch: Callable[[], Any]
 
 
-def loader_options(case: Case, config: Any, sampling: Any) -> dict[str, Any]:
+def loader_options(config: Any, sampling: Any) -> dict[str, Any]:
     return {"sampling": sampling, "seed": config.seed, "batch": config.train.batch}
 
 
 def ours(case: Case, config: Any, process: world.World) -> Side:
     run = (Pretraining if case.stage == "pretrain" else Transfer)(config, process)
-    loader = build_loader(run.dataset, config.data, device=process.device, **loader_options(case, config, run.sampling))
+    loader = build_loader(run.dataset, config.data, device=process.device, **loader_options(config, run.sampling))
     steps = iter(range(10**9))
 
     def step() -> None:
@@ -152,7 +152,7 @@ def plain(case: Case, config: Any, process: world.World, compiled: bool = False)
         classes = len(set(dataset.subject[dataset.split(config.data.split)])) if config.identity.weight else None
         recognizer = build_recognizer(backbone.name, backbone.variant, classes, width=backbone.width)
         body = PlainTransfer(config, recognizer, process.device, compiled)
-    loader = ReferenceLoader(dataset, config.data, **loader_options(case, config, recognizer.sampling))
+    loader = ReferenceLoader(dataset, config.data, **loader_options(config, recognizer.sampling))
     return Side(lambda: body(next(loader)), loader.close, body, lambda: next(loader))
 
 

@@ -184,6 +184,7 @@ class _Source:
         return inputs
 
     def _inputs(self, clips: Sequence[Clip]) -> tuple:
+        """The external inputs of a batch, in the order of the graph; a CPU's and a GPU's differ."""
         raise NotImplementedError
 
 
